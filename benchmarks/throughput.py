@@ -1,0 +1,299 @@
+"""Step times of a plain PyTorch loop, clplat and Avalanche 0.6, on the same tensors, alternating in one run.
+
+    python benchmarks/throughput.py [--rounds 5] [--threads 2] [--write]
+
+Every side trains the same net with the same optimiser and batch size over the same stream of experiences; the time is
+that of the training loops alone, divided by the optimiser steps. A ratio is the median of the rounds' own ratios, so
+that a machine that drifts moves both sides. Needs MNIST under CLPLAT_DATA_ROOT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clplat.evaluate import evaluate
+from clplat.learners.learner import Learner
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.heads import Head
+from clplat.learners.nets.mlp import mlp
+from clplat.learners.nets.net import Inputs
+from clplat.learners.nets.recurrent import recurrent
+from clplat.learners.objectives import Classification
+from clplat.lightning import pl
+from clplat.run import Run, Silent, Training
+from clplat.strategies.ewc import EWC
+from clplat.strategies.replay import Replay
+from clplat.strategy import Strategy
+from clplat.streams.data import TensorData
+from clplat.streams.experience import Stream
+from clplat.streams.sources import mnist
+from clplat.streams.split import split
+
+METHODS = ("finetune", "replay", "EWC")
+BUFFER = 500
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row group: a net, its batch size, and how many examples of each experience are used."""
+
+    name: str
+    batch_size: int
+    examples: int
+    hidden: tuple[int, ...] = ()
+
+
+SETTINGS = (
+    Setting("MLP 784-400-10, batch 128", 128, 12000, (400,)),
+    Setting("MLP 784-100-100-10, batch 10", 10, 2000, (100, 100)),
+    Setting("LSTM-128 on rows, batch 64", 64, 3000),
+)
+
+
+class PlainLSTM(nn.Module):
+    """The LSTM learner's net, written plainly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(28, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 10] of rows [B, 28, 28]."""
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def plain_net(setting: Setting) -> nn.Module:
+    """The net of a setting in plain PyTorch."""
+    torch.manual_seed(0)
+    if not setting.hidden:
+        return PlainLSTM()
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in zip((784, *setting.hidden), setting.hidden, strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(setting.hidden[-1], 10))
+
+
+def plain(setting: Setting, parts: list[TensorData], tests: list[TensorData]) -> tuple[float, float]:
+    """ms a step of finetuning, and ms of one evaluation of all test sets, in plain PyTorch."""
+    net, spent, steps = plain_net(setting), 0.0, 0
+    for data in parts:
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        start = time.perf_counter()
+        for rows in data.rows[torch.randperm(len(data))].split(setting.batch_size):
+            optimizer.zero_grad()
+            x, y = data.x.index_select(0, rows), data.y.index_select(0, rows)
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            steps += 1
+        spent += time.perf_counter() - start
+    net.eval()
+    start = time.perf_counter()
+    with torch.no_grad():
+        for data in tests:
+            correct = torch.zeros(())
+            for rows in data.rows.split(1000):
+                correct += (net(data.x.index_select(0, rows)).argmax(1) == data.y.index_select(0, rows)).sum()
+            correct.item()
+    return spent / steps * 1e3, (time.perf_counter() - start) * 1e3
+
+
+class Seconds(Silent):
+    """Adds up what the run reports about its costs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: dict[str, float] = {}
+
+    def log(self, metrics, step) -> None:
+        """Keep the sums of the costs."""
+        for key, value in metrics.items():
+            self.total[key] = self.total.get(key, 0.0) + value
+
+
+def ours(setting: Setting, stream: Stream, method: str) -> tuple[float, float, float]:
+    """ms a step, ms of one evaluation, and ms a step if consolidation (the Fisher) is counted in."""
+    torch.manual_seed(0)
+    strategies: dict[str, Callable[[], Strategy]] = {
+        "finetune": Strategy,
+        "replay": partial(Replay, capacity=BUFFER, insert="after"),
+        "EWC": partial(EWC, strength=1.0, mode="separate"),
+    }
+    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    head = partial(Head, outputs=10)
+    net = mlp(inputs, head, hidden=setting.hidden) if setting.hidden else recurrent(inputs, head, mixer=LSTM, hidden=128)
+    learner = Learner(net, Classification(), strategies[method](), partial(torch.optim.Adam, lr=1e-3))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    tracker = Seconds()
+    Run(stream, learner, trainer, Training(batch_size=setting.batch_size, epochs=1), tracker=tracker).go()
+    start = time.perf_counter()
+    evaluate(learner, stream.experiences)
+    scoring = (time.perf_counter() - start) * 1e3
+    training, after = tracker.total["cost/training_seconds"], tracker.total["cost/consolidation_seconds"]
+    return training / learner.steps * 1e3, scoring, (training + after) / learner.steps * 1e3
+
+
+def avalanche(setting: Setting, parts: list[TensorData], tests: list[TensorData], method: str) -> tuple[float, float, float]:
+    """As `ours`, by Avalanche on ready tensors."""
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training.plugins import EvaluationPlugin, EWCPlugin, ReplayPlugin
+    from avalanche.training.supervised import Naive
+
+    class Clock(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spent, self.steps, self.start = 0.0, 0, 0.0
+
+        def before_training_epoch(self, strategy, **kwargs) -> None:
+            self.start = time.perf_counter()
+
+        def after_training_epoch(self, strategy, **kwargs) -> None:
+            self.spent += time.perf_counter() - self.start
+
+        def after_training_iteration(self, strategy, **kwargs) -> None:
+            self.steps += 1
+
+    def dataset(data: TensorData) -> AvalancheDataset:
+        x, y = data.x[data.rows], data.y[data.rows]
+        attributes = [
+            DataAttribute(y.tolist(), "targets"),
+            DataAttribute([0] * len(y), "targets_task_labels", use_in_getitem=True),
+        ]
+        return AvalancheDataset(torch.utils.data.TensorDataset(x, y), data_attributes=attributes)
+
+    net, clock = plain_net(setting), Clock()
+    plugins = {"finetune": [], "replay": [ReplayPlugin(mem_size=BUFFER)], "EWC": [EWCPlugin(ewc_lambda=1.0)]}[method]
+    strategy = Naive(
+        model=net,
+        optimizer=torch.optim.Adam(net.parameters(), lr=1e-3),
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=setting.batch_size,
+        train_epochs=1,
+        eval_mb_size=1000,
+        plugins=[*plugins, clock],
+        evaluator=EvaluationPlugin(loggers=[]),
+    )
+    streams = benchmark_from_datasets(train=[dataset(d) for d in parts], test=[dataset(d) for d in tests])
+    whole = 0.0
+    for experience in streams.train_stream:
+        start = time.perf_counter()
+        strategy.train(experience)
+        whole += time.perf_counter() - start
+    start = time.perf_counter()
+    strategy.eval(streams.test_stream)
+    scoring = (time.perf_counter() - start) * 1e3
+    return clock.spent / clock.steps * 1e3, scoring, whole / clock.steps * 1e3
+
+
+def cut(stream: Stream, examples: int) -> Stream:
+    """The stream with the first `examples` training examples of each experience."""
+    from dataclasses import replace
+
+    parts = []
+    for e in stream:
+        assert isinstance(e.train, TensorData)
+        parts.append(replace(e, train=TensorData(e.train.x, e.train.y, e.train.rows[:examples])))
+    return replace(stream, experiences=tuple(parts))
+
+
+def measure(setting: Setting, stream: Stream, rounds: int) -> list[list[str]]:
+    """The rows of the table for one setting."""
+    stream = cut(stream, setting.examples)
+    parts = [e.train for e in stream if isinstance(e.train, TensorData)]
+    tests = [e.test for e in stream if isinstance(e.test, TensorData)]
+    base: list[tuple[float, float]] = []
+    own: dict[str, list[tuple[float, float, float]]] = {m: [] for m in METHODS}
+    peer: dict[str, list[tuple[float, float, float]]] = {m: [] for m in METHODS}
+    for number in range(rounds + 1):
+        results = [plain(setting, parts, tests)]
+        for method in METHODS:
+            o, p = ours(setting, stream, method), avalanche(setting, parts, tests, method)
+            if number:  # the first round warms up
+                own[method].append(o)
+                peer[method].append(p)
+            results.append(plain(setting, parts, tests))
+        if number:
+            base.append((statistics.median(t for t, _ in results), statistics.median(s for _, s in results)))
+    rows = [[setting.name, "plain loop, finetune", _spread([b[0] for b in base]), "1", "", ""]]
+    for method in METHODS:
+        times = [o[0] for o in own[method]]
+        against = [o[0] / b[0] for o, b in zip(own[method], base, strict=True)]
+        faster = [p[0] / o[0] for o, p in zip(own[method], peer[method], strict=True)]
+        whole = [p[2] / o[2] for o, p in zip(own[method], peer[method], strict=True)]
+        rows.append([setting.name, f"clplat {method}", _spread(times), _spread(against), _spread(faster), _spread(whole)])
+    for method in METHODS:
+        times = [p[0] for p in peer[method]]
+        against = [p[0] / b[0] for p, b in zip(peer[method], base, strict=True)]
+        rows.append([setting.name, f"Avalanche {method}", _spread(times), _spread(against), "1", "1"])
+    scoring = [o[1] for o in own["finetune"]]
+    rows.append(
+        [
+            setting.name,
+            "clplat evaluation of 10 000 (ms a pass)",
+            _spread(scoring),
+            _spread([s / b[1] for s, b in zip(scoring, base, strict=True)]),
+            _spread([p[1] / s for p, s in zip(peer["finetune"], scoring, strict=True)]),
+            "",
+        ]
+    )
+    return rows
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main() -> None:
+    """Measure all settings and print, or append to RESULTS.md, one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    stream = split(mnist(), experiences=5)
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    lines = [
+        f"\n## Throughput, {datetime.date.today()}\n",
+        f"`python benchmarks/throughput.py --rounds {given.rounds} --threads {given.threads}`; {cpu}, {given.threads} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, Lightning {version('pytorch-lightning')}, "
+        f"avalanche-lib {version('avalanche-lib')}. Median (minimum to maximum) of {given.rounds} rounds after one to warm up.\n",
+        "| setting | what | ms a step | times the plain loop | faster than Avalanche | the same with consolidation |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting in SETTINGS:
+        for row in measure(setting, stream, given.rounds):
+            lines.append(f"| {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    if given.write:
+        with (Path(__file__).parent / "RESULTS.md").open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Fixed-capacity stores of past examples, as tensors.
+
+Which examples stay is decided on the CPU from random numbers of the buffer's own generator; the examples themselves
+sit where the first ones came from, and move with the module. Letters: B batch, T time, N capacity, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clplat.state import StateModule
+from clplat.streams.experience import UNSCORED, Batch
+
+FIELDS = ("lengths", "mask", "task", "index", "x", "y")
+"""What is stored of a batch. Lengths come first: what they are for older rows is read off the width of x."""
+
+
+class Buffer(StateModule):
+    """Base of the buffers: storage, sampling, state. A subclass decides which rows are kept, and where.
+
+    Sequences of different lengths are stored padded to the longest one met. `weight` and `source` of a batch are not
+    kept.
+
+    Args:
+        capacity: N, the most examples held.
+        seed: of the buffer's own random numbers.
+        fields: names of `Batch.extra` that are stored too.
+
+    Raises:
+        ValueError: a negative capacity.
+    """
+
+    x: Tensor | None
+    y: Tensor | None
+    lengths: Tensor | None
+    mask: Tensor | None
+    task: Tensor | None
+    index: Tensor | None
+
+    def __init__(self, capacity: int, seed: int, fields: Sequence[str] = ()) -> None:
+        super().__init__()
+        if capacity < 0:
+            raise ValueError(f"capacity: got {capacity}, it must be at least 0 (0 stores nothing).")
+        self.capacity, self.fields = capacity, tuple(fields)
+        self.seen = 0
+        """Examples offered so far."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._filled = torch.empty(0, dtype=torch.int64)  # [len] the slots in use
+        for name in (*FIELDS, *map(_extra, self.fields)):
+            self.register_buffer(name, None)
+
+    def __len__(self) -> int:
+        """The number of examples held."""
+        return len(self._filled)
+
+    def __bool__(self) -> bool:
+        """True, filled or not: a buffer is not a list."""
+        return True
+
+    @torch.no_grad()
+    def insert(self, batch: Batch) -> None:
+        """Offer all rows of a batch, in order. Which rows are wanted is the caller's choice (say, source 0 only).
+
+        Raises:
+            ValueError: an extra field is missing; rows with and without task labels; shapes that differ in more than
+                the time axis.
+        """
+        if self.capacity == 0 or len(batch) == 0:
+            return
+        rows, slots = self._place(batch)
+        self.seen += len(batch)
+        if len(rows) > 0:
+            self._write(batch, rows, slots)
+
+    def sample(self, count: int) -> Batch:
+        """`count` examples drawn at random, marked as replayed: without replacement if as many are held, else with.
+
+        Raises:
+            ValueError: nothing is held.
+        """
+        self._need_some()
+        again = count > len(self)
+        at = torch.randint(len(self), (count,), generator=self._generator) if again else self._distinct(count)
+        return self._read(self._filled[at])
+
+    def stored_bytes(self) -> int:
+        """Bytes of the examples held, each at its padded size; slots not filled yet do not count."""
+        rows = [t for t in self._buffers.values() if t is not None and len(self)]
+        return len(self) * sum(t[0].numel() * t.element_size() for t in rows)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Counters and the generator's state."""
+        return {
+            "seen": torch.tensor(self.seen),
+            "filled": self._filled.clone(),
+            "generator": self._generator.get_state(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_extra_state` gave."""
+        self.seen, self._filled = int(state["seen"]), state["filled"].cpu().clone()
+        self._generator.set_state(state["generator"].cpu())
+
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The rows of the batch to keep and their slots, each slot once, [M] on the CPU; updates what is filled."""
+        raise TypeError(f"{type(self).__name__} does not define _place(batch).")
+
+    def _distinct(self, count: int) -> Tensor:
+        """[count] different numbers below the number of examples held, in random order."""
+        held = len(self)
+        if 4 * count <= held:
+            # Independent draws without the repeated ones are a sample without replacement, at a cost that does not
+            # grow with the buffer.
+            draws, order = torch.randint(held, (2 * count,), generator=self._generator).sort(stable=True)
+            first = torch.ones_like(draws, dtype=torch.bool)
+            first[1:] = draws[1:] != draws[:-1]
+            chosen = torch.empty_like(draws).scatter_(0, order, draws)[order[first].sort().values[:count]]
+            if len(chosen) == count:
+                return chosen
+        return torch.randperm(held, generator=self._generator)[:count]
+
+    def _need_some(self) -> None:
+        if len(self) == 0:
+            raise ValueError("The buffer holds no example to sample: ask len(buffer) first.")
+
+    def _read(self, slots: Tensor) -> Batch:
+        assert self.x is not None
+        assert self.y is not None
+        slots = slots.to(self.x.device, non_blocking=True)
+        rows = {n: None if (t := self._buffers[n]) is None else t.index_select(0, slots) for n in FIELDS[:4]}
+        extra = {}
+        for name in self.fields:
+            stored = self._buffers[_extra(name)]
+            assert stored is not None
+            extra[name] = stored.index_select(0, slots)
+        return Batch(
+            x=self.x.index_select(0, slots),
+            y=self.y.index_select(0, slots),
+            source=torch.ones(len(slots), dtype=torch.uint8, device=self.x.device),
+            extra=extra,
+            **rows,
+        )
+
+    def _write(self, batch: Batch, rows: Tensor, slots: Tensor) -> None:
+        offered = self._offered(batch)
+        device = batch.x.device if self.x is None else self.x.device
+        rows, at = rows.to(batch.x.device, non_blocking=True), slots.to(device, non_blocking=True)
+        size = int(slots.max()) + 1
+        for name, values in offered.items():
+            values = values.index_select(0, rows).to(device, non_blocking=True)
+            stored = self._fitted(name, values, size)
+            if stored.shape[1:] != values.shape[1:]:
+                values = _padded(values, stored.shape[1], _fill(name, values))
+            stored.index_copy_(0, at, values)
+
+    def _offered(self, batch: Batch) -> dict[str, Tensor]:
+        """The fields to store of a batch; one that earlier or later batches lack gets what its absence means."""
+        missing = [name for name in self.fields if name not in batch.extra]
+        if missing:
+            raise ValueError(
+                f"The buffer stores {', '.join(self.fields)}, and the batch has no extra field {missing[0]!r}, only "
+                f"{sorted(batch.extra)}: put it there before inserting."
+            )
+        found = {name: getattr(batch, name) for name in FIELDS}
+        if self.x is not None and (self.task is None) != (found["task"] is None):
+            raise ValueError(
+                "Cannot store rows with task labels and rows without: give all rows a task label, or none."
+            )
+        rows, steps = len(batch), batch.x.shape[1] if batch.x.ndim > 1 else 0
+        ragged = self.x is not None and batch.x.ndim > 1 and self.x.shape[1] != steps
+        if found["lengths"] is None and (self.lengths is not None or ragged):
+            found["lengths"] = torch.full((rows,), steps, device=batch.x.device)
+        if found["mask"] is None and self.mask is not None:
+            valid = batch.valid()
+            whole = torch.ones(rows, steps, dtype=torch.bool, device=batch.x.device)
+            found["mask"] = whole if valid is None else valid
+        if found["index"] is None and self.index is not None:
+            found["index"] = torch.full((rows,), -1, device=batch.x.device)
+        offered = {name: value for name, value in found.items() if value is not None}
+        return offered | {_extra(name): batch.extra[name].detach() for name in self.fields}
+
+    def _fitted(self, name: str, values: Tensor, size: int) -> Tensor:
+        """The storage of a field, made or grown so that `values` fit in at `size` slots."""
+        stored = self._buffers[name]
+        if stored is None:
+            stored = self._absent(name, values)
+        if len(stored) < size:
+            more = min(max(size, 2 * len(stored)), self.capacity) - len(stored)
+            stored = torch.cat([stored, stored.new_zeros(more, *stored.shape[1:])])
+        if stored.shape[1:] != values.shape[1:]:
+            if stored.ndim < 2 or stored.shape[2:] != values.shape[2:]:
+                raise ValueError(
+                    f"Field {name!r} was stored with shape {list(stored.shape[1:])} a row and now has "
+                    f"{list(values.shape[1:])}: only the time axis, the first one, may differ."
+                )
+            stored = _padded(stored, max(stored.shape[1], values.shape[1]), _fill(name, stored))
+        self._buffers[name] = stored
+        return stored
+
+    def _absent(self, name: str, values: Tensor) -> Tensor:
+        """Storage of a field that rows stored so far did not have, [slots, ...]."""
+        slots = 0 if self.x is None else len(self.x)
+        stored = values.new_zeros(slots, *values.shape[1:])
+        if slots and self.x is not None:
+            if name == "lengths":
+                stored.fill_(self.x.shape[1])
+            elif name == "mask":
+                stored = _padded(stored, max(stored.shape[1], self.x.shape[1]), 0)
+                steps = torch.arange(stored.shape[1], device=stored.device)
+                valid = self.x.shape[1] if self.lengths is None else self.lengths[:, None]
+                stored = (steps < valid).expand(slots, -1).clone()
+            elif name == "index":
+                stored.fill_(-1)
+        return stored
+
+
+class Reservoir(Buffer):
+    """A uniform sample of everything offered (algorithm R, Vitter 1985): each of n examples is held with probability
+    N / n. All slots of a batch are drawn at once; where two rows fall into one slot the later one stays, as it would
+    row by row. Nothing waits for the device."""
+
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(batch))
+        number = rows + self.seen
+        # 53 random bits: the distance from a uniform integer is below n / 2^53.
+        drawn = (torch.rand(len(batch), generator=self._generator, dtype=torch.float64) * (number + 1)).long()
+        slots = torch.where(number < self.capacity, number, drawn)
+        rows = rows[slots < self.capacity]
+        order = slots[rows].sort(stable=True)
+        last = torch.ones_like(order.values, dtype=torch.bool)
+        last[:-1] = order.values[1:] != order.values[:-1]
+        self._filled = torch.arange(min(self.seen + len(batch), self.capacity))
+        return rows[order.indices[last]], order.values[last]
+
+
+class Grouped(Buffer):
+    """Base of the buffers that share their room among groups: each group keeps the rows with the lowest keys.
+
+    The share of a group is capacity // groups met so far, the remainder going to the groups met first; or
+    `capacity_per_group`, whatever their number. A share never grows, so that the rows a group keeps are those that it
+    would have kept with that share from the start. A group with fewer rows leaves its room empty.
+
+    Targets on a GPU are read by the CPU at each insertion, which waits for the device.
+
+    Args:
+        capacity: N over all groups; give either this or `capacity_per_group`.
+        capacity_per_group: rows of each group.
+        by: what makes a group: "class" (one class a sequence), "task", or "all" (one group).
+        seed: of the buffer's own random numbers.
+        fields: names of `Batch.extra` that are stored too.
+
+    Raises:
+        ValueError: not exactly one capacity; an unknown `by`.
+    """
+
+    def __init__(
+        self,
+        capacity: int | None = None,
+        capacity_per_group: int | None = None,
+        by: str = "class",
+        seed: int = 0,
+        fields: Sequence[str] = (),
+    ) -> None:
+        if (capacity is None) == (capacity_per_group is None):
+            raise ValueError(
+                f"Give either capacity or capacity_per_group, got {capacity} and {capacity_per_group}: "
+                "set the other one to null."
+            )
+        if by not in ("class", "task", "all"):
+            raise ValueError(f"by: got {by!r}, allowed are 'class', 'task' and 'all'.")
+        if capacity_per_group is not None and capacity_per_group < 0:
+            raise ValueError(f"capacity_per_group: got {capacity_per_group}, it must be at least 0.")
+        unlimited = 0 if capacity_per_group == 0 else 2**62
+        super().__init__(unlimited if capacity is None else capacity, seed, fields)
+        self.capacity_per_group, self.by = capacity_per_group, by
+        self.groups = torch.empty(0, dtype=torch.int64)
+        """[groups] the groups met so far, in the order in which they came."""
+        self._group = torch.empty(0, dtype=torch.int64)  # [len] of each row held, in the order of `_filled`
+        self._key = torch.empty(0, dtype=torch.float64)  # [len]
+
+    def sample_per_group(self, count: int) -> Batch:
+        """`count` examples of every group drawn at random without replacement (all of a group that has fewer).
+
+        Raises:
+            ValueError: nothing is held.
+        """
+        self._need_some()
+        key = torch.rand(len(self), generator=self._generator, dtype=torch.float64)
+        return self._read(self._filled[_lowest(self._group, key, torch.tensor(count))])
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Counters, groups, keys and the generator's state."""
+        own = {"groups": self.groups.clone(), "group": self._group.clone(), "key": self._key.clone()}
+        return super().get_extra_state() | own
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.groups, self._group, self._key = (state[n].cpu().clone() for n in ("groups", "group", "key"))
+
+    def _keys(self, count: int) -> Tensor:
+        """[count] the keys of the next rows, float64."""
+        raise TypeError(f"{type(self).__name__} does not define _keys(count).")
+
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = self._labels(batch)
+        new = labels[~torch.isin(labels, self.groups)]
+        if len(new):
+            values, place = new.unique(return_inverse=True)
+            first = torch.full_like(values, len(new)).scatter_reduce_(0, place, torch.arange(len(new)), "amin")
+            self.groups = torch.cat([self.groups, values[first.argsort()]])
+        group, key = torch.cat([self._group, labels]), torch.cat([self._key, self._keys(len(batch))])
+        kept = _lowest(group, key, self._shares(group))
+        held = len(self._filled)
+        stay, enter = kept[kept < held], kept[kept >= held]
+        # Among the first slots, as many as rows are kept, at least one for each row that enters is free.
+        free = torch.ones(max(len(kept), int(self._filled.max()) + 1 if held else 0), dtype=torch.bool)
+        free[self._filled[stay]] = False
+        slots = free.nonzero().squeeze(1)[: len(enter)]
+        self._filled = torch.cat([self._filled[stay], slots])
+        self._group, self._key = group[kept], key[kept]
+        return enter - held, slots
+
+    def _labels(self, batch: Batch) -> Tensor:
+        if self.by == "all":
+            return torch.zeros(len(batch), dtype=torch.int64)
+        labels = batch.y if self.by == "class" else batch.task
+        if labels is None or labels.ndim != 1 or labels.is_floating_point():
+            given = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
+            raise ValueError(
+                f"A buffer by {self.by!r} needs one {self.by} a row, [B] integers, got {given}: use by: all."
+            )
+        return labels.cpu()
+
+    def _shares(self, group: Tensor) -> Tensor:
+        """[len] rows that the group of each row may keep, or one number."""
+        if self.capacity_per_group is not None:
+            return torch.tensor(self.capacity_per_group)
+        share, left = divmod(self.capacity, len(self.groups))
+        order = self.groups.argsort()
+        place = order[torch.searchsorted(self.groups[order], group)]
+        return share + (place < left).long()
+
+
+class ClassBalanced(Grouped):
+    """An equal share for each class met so far, and within a class a uniform sample of all its examples.
+
+    Each example gets a random key once and for all; the lowest keys of a class are a uniform sample without
+    replacement, whatever its share is by then.
+    """
+
+    def _keys(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+
+
+class Ring(Grouped):
+    """The latest examples of each class (or task, or of all), an equal share for each met so far: the memory of GEM
+    (Lopez-Paz & Ranzato 2017, by task there) and of tiny episodic memories (Chaudhry et al. 2019, by class)."""
+
+    def _keys(self, count: int) -> Tensor:
+        return -(torch.arange(count, dtype=torch.float64) + self.seen)
+
+
+def _extra(name: str) -> str:
+    return f"extra_{name}"
+
+
+def _fill(name: str, values: Tensor) -> int:
+    return UNSCORED if name == "y" and values.dtype == torch.int64 else 0
+
+
+def _padded(values: Tensor, steps: int, fill: int) -> Tensor:
+    """[rows, steps, ...] from [rows, fewer, ...]."""
+    more = steps - values.shape[1]
+    return (
+        values if more <= 0 else torch.cat([values, values.new_full((len(values), more, *values.shape[2:]), fill)], 1)
+    )
+
+
+def _lowest(group: Tensor, key: Tensor, share: Tensor) -> Tensor:
+    """The rows whose key is among the `share` lowest of their group, ascending; share: a number, or [len] by row."""
+    order = key.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    _, counts = group[order].unique_consecutive(return_counts=True)
+    start = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.arange(len(group)) - start
+    return order[rank < (share if share.ndim == 0 else share[order])].sort().values

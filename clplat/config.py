@@ -1,0 +1,153 @@
+"""Checks of a composed configuration: keys, and kinds of values, against the constructors that will get them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from clplat.errors import UserError
+
+ROOT = (
+    "stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "evaluation", "trainer",
+    "tracking", "experiment", "seed", "output_dir", "resume", "threads", "progress", "debug",
+)  # fmt: skip
+"""Every key that `conf/train.yaml` may have."""
+
+LEARNER = ("net", "head", "logit_mask", "clip_norm", "optimizer_state")
+"""Every key of the group `learner`."""
+
+_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be run; the message says what was given, what is allowed, what to do."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """A hint at what may have been meant: "; did you mean 'x'?", or nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse unknown keys and values of the wrong kind anywhere in `cfg`, those added with `+` too.
+
+    Raises:
+        ConfigError: names the key, what was given, what is allowed.
+    """
+    _known("", cfg, ROOT)
+    for key, kind in (("seed", int), ("progress", bool), ("debug", bool), ("output_dir", str)):
+        _fits(key, cfg[key], kind)
+    _fits("threads", cfg.threads, int | None)
+    _known("learner", cfg.learner, LEARNER)
+    if not cfg.strategy:
+        raise ConfigError("strategy: got none, give at least one (strategy=finetune is the plain one).")
+    for path, node in _nodes("", cfg):
+        if "_target_" in node:
+            _check_call(path, node)
+
+
+def _nodes(path: str, node: DictConfig | ListConfig) -> Iterable[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        yield path, node
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        if OmegaConf.is_missing(node, key):
+            raise ConfigError(f"{_join(path, key)}: no value given, and it has no default: set {_join(path, key)}=...")
+        child = node[key]
+        if isinstance(child, (DictConfig, ListConfig)):
+            yield from _nodes(_join(path, key), child)
+
+
+def _check_call(path: str, node: DictConfig) -> None:
+    from hydra.utils import get_object
+
+    try:
+        target = get_object(node._target_)
+    except Exception as error:
+        raise ConfigError(
+            f"{path}._target_: cannot import {node._target_!r} ({str(error).splitlines()[0]}). Give an importable "
+            "path package.module.Name; a package in the working directory is seen by `python -m clplat`."
+        ) from error
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some builtins have no signature
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    allowed = [n for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
+    _known(path, node, (*allowed, *_HYDRA))
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # hints of other libraries may not resolve at run time; then nothing can be compared
+        return
+    for key in node:
+        if key in hints and not isinstance(node[key], (DictConfig, ListConfig)):
+            _fits(_join(path, key), node[key], hints[key])
+
+
+def _known(path: str, node: DictConfig, allowed: Iterable[str]) -> None:
+    for key in node:
+        if key not in allowed:
+            offered = sorted(a for a in allowed if a not in _HYDRA)
+            raise ConfigError(
+                f"{_join(path, key)}: unknown key{nearest(str(key), offered)} Allowed here: {', '.join(offered) or 'none'}."
+            )
+
+
+def _fits(path: str, value: Any, hint: Any) -> None:
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    plain = [o for o in options if o in (int, float, bool, str, type(None)) or typing.get_origin(o) is typing.Literal]
+    if len(plain) < len(options) and not isinstance(value, str):
+        return  # something that is no plain value may be built from this
+    if len(plain) < len(options) and float not in plain:
+        return
+    for option in plain:
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return
+        if option in (bool, str, type(None)) and isinstance(value, option):
+            return
+    names = " or ".join(_called(o) for o in plain)
+    raise ConfigError(f"{path}: got {value!r}, expected {names}.")
+
+
+def _called(option: Any) -> str:
+    if typing.get_origin(option) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(option)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[option]
+
+
+def differences(a: DictConfig, b: DictConfig) -> list[str]:
+    """The keys in which two configurations differ, as "key: value in a, value in b"."""
+    first, second = flatten(OmegaConf.to_container(a, resolve=True)), flatten(OmegaConf.to_container(b, resolve=True))
+    return [
+        f"{key}: {first.get(key, 'absent')} in the run, {second.get(key, 'absent')} given"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key, "absent") != second.get(key, "absent")
+    ]
+
+
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys; lists stay values."""
+    if not isinstance(node, dict):
+        return {path: node}
+    return {k: v for key, child in node.items() for k, v in flatten(child, _join(path, key)).items()}
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)

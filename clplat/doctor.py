@@ -1,0 +1,139 @@
+"""`clplat doctor`: what works on this machine, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Finding = tuple[str, str, str]
+"""What was looked at; "ok", "note" or "wrong"; what was found, and what to do."""
+
+PACKAGES = (
+    "torch", "pytorch-lightning", "hydra-core", "omegaconf", "mlflow", "avalanche-lib", "triton", "torchvision",
+    "numpy", "scikit-learn", "numba",
+)  # fmt: skip
+_OPTIONAL = {
+    "numba": "the recurrences' fast CPU path will use it; without it they run slower",
+    "triton": "the GPU kernels need it; on the CPU nothing does",
+    "torchvision": "it downloads data sets and Avalanche needs it",
+}
+
+
+def main() -> int:
+    """Print all findings; returns 1 if something is wrong."""
+    findings = list(findings_of_all())
+    table = Table(box=None, pad_edge=False, show_header=False)
+    colour = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "wrong": "[red]wrong[/]"}
+    for what, state, text in findings:
+        table.add_row(what, colour[state], text)
+    Console().print(table)
+    return int(any(state == "wrong" for _, state, _ in findings))
+
+
+def findings_of_all() -> Iterator[Finding]:
+    """Every finding, in the order of the table."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _versions,
+        _devices,
+        _imports,
+        _kernels,
+        _data,
+        _folder,
+        _store,
+    )
+    for check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            yield check.__name__.strip("_"), "wrong", f"{type(error).__name__}: {error}"
+
+
+def _versions() -> Iterator[Finding]:
+    yield "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            yield package, "ok", importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package in _OPTIONAL:
+                yield package, "note", f"not installed: {_OPTIONAL[package]}"
+            else:
+                yield package, "wrong", "not installed: pip install clplat"
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield "CPU", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads (threads=N changes it)"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            yield f"GPU {i}", "ok", f"{p.name}, {p.total_memory / 2**30:.0f} GiB (trainer=gpu)"
+    else:
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "no device or no driver"
+        yield "GPU", "note", f"none: {reason}; runs use the CPU"
+
+
+def _imports() -> Iterator[Finding]:
+    from clplat._torchvision import ensure_importable
+
+    ensure_importable()
+    for name in ("pytorch_lightning", "torchvision", "avalanche"):
+        try:
+            __import__(name)
+            yield f"import {name}", "ok", ""
+        except Exception as error:
+            yield f"import {name}", "wrong", f"{str(error).splitlines()[0]}: reinstall it to match torch"
+
+
+def _kernels() -> Iterator[Finding]:
+    yield "recurrences", "ok", "LSTM, GRU and Elman run on torch's own kernels, on CPU and CUDA"
+
+
+def _data() -> Iterator[Finding]:
+    from clplat.streams import sources
+
+    root = sources.resolve_data_root()
+    yield "digits", "ok", "embedded in scikit-learn"
+    for name in ("MNIST", "FashionMNIST"):
+        folder = root / name / "raw"
+        if folder.is_dir() and any(folder.glob("train-images-idx3-ubyte*")):
+            yield name, "ok", str(folder)
+        else:
+            yield name, "note", f"not in {folder}: set CLPLAT_DATA_ROOT, or stream.source.download=true"
+
+
+def _folder() -> Iterator[Finding]:
+    try:
+        with tempfile.TemporaryFile(dir=Path.cwd()):
+            pass
+    except OSError as error:
+        yield "output folder", "wrong", f"cannot write to {Path.cwd()}: {error.strerror}; set output_dir=PATH"
+    else:
+        free = shutil.disk_usage(Path.cwd()).free / 2**30
+        state = "ok" if free > 1 else "wrong"
+        yield "output folder", state, f"{Path.cwd() / 'runs'}, {free:.1f} GiB free"
+
+
+def _store() -> Iterator[Finding]:
+    from clplat import charts_view, tracking
+    from clplat.errors import UserError
+
+    uri = charts_view.default_uri()
+    database = charts_view.database_path(uri)
+    if database is not None and not database.exists():
+        yield "MLflow store", "ok", f"{uri}, made by the first run"
+        return
+    try:
+        charts_view.check_server(uri)
+        tracking.open_store(uri)
+        yield "MLflow store", "ok", uri
+    except UserError as error:
+        yield "MLflow store", "wrong", str(error)

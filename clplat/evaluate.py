@@ -1,0 +1,71 @@
+"""Scores of a learner on every experience of a stream, in large batches; nothing of the training state changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from clplat.learners.learner import Learner
+from clplat.streams.experience import Data, Experience
+
+
+@contextmanager
+def evaluation(learner: Learner) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's mode and the random state are afterwards what they were."""
+    modes = [(module, module.training) for module in learner.modules()]
+    learner.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def evaluate(
+    learner: Learner,
+    experiences: Sequence[Experience],
+    batch_size: int = 1000,
+    examples: int | None = None,
+    precision: AbstractContextManager | None = None,
+) -> tuple[list[float], list[float]]:
+    """The score on each experience's test set, and the same with the classes not seen so far masked.
+
+    The second list is NaN where targets are not classes.
+
+    Args:
+        learner: with its strategy, whose `predict` has the last word.
+        experiences: K of them.
+        batch_size: examples a forward pass.
+        examples: take this many of each test set, evenly spaced and always the same; None: all.
+        precision: context in which the net is run (autocast), None: plain.
+    """
+    sums: list[Tensor] = []
+    with evaluation(learner), precision or nullcontext():
+        for experience in experiences:
+            sums.append(_score(learner, experience.test, batch_size, examples))
+    totals = torch.stack(sums).tolist()  # the only wait for the device
+    scores = [total / count for total, _, count in totals]
+    masked = learner.objective.kind == "class"
+    return scores, [seen / count if masked else float("nan") for _, seen, count in totals]
+
+
+def _score(learner: Learner, data: Data, batch_size: int, examples: int | None) -> Tensor:
+    index = torch.arange(len(data))
+    if examples is not None and examples < len(data):
+        index = torch.linspace(0, len(data) - 1, examples, dtype=torch.float64).round().long()
+    total = torch.zeros(3, device=learner.device, dtype=torch.float64)
+    objective = learner.objective
+    for batch in data.batches(index.split(batch_size)):
+        batch = batch.to(learner.device)
+        output = learner.net(batch)
+        logits = learner.strategy.predict(learner, batch, output.logits, output.features)
+        value, count = objective.score(logits, batch)
+        seen = value
+        if objective.kind == "class":
+            seen, _ = objective.score(logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min), batch)
+        total += torch.stack([value.double(), seen.double(), count.double().to(value.device)])
+    return total

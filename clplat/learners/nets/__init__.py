@@ -1,0 +1,1 @@
+"""Networks: `net` holds the contract, every other file one architecture."""

@@ -1,0 +1,101 @@
+"""Heads: shared by all experiences, one per task, or growing with the classes seen.
+
+All give logits in the stream's own class space [.., C]: a class that a head does not offer (another task's, or not
+seen yet) gets the lowest finite value, so that its probability is 0 and its gradient too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clplat.streams.experience import Experience
+
+
+class Head(nn.Module):
+    """A linear layer whose outputs are classes (or values). This base is the shared head.
+
+    Args:
+        features: H, width of the features.
+        outputs: C, the number of outputs of the stream.
+    """
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.linear = nn.Linear(features, outputs)
+
+    def adapt(self, experience: Experience) -> None:
+        """Make room for an experience, before its training; old logits stay exactly what they are."""
+
+    def forward(self, features: Tensor, task: Tensor | None = None) -> Tensor:
+        """Logits [B, C] or [B, T, C] of features [B, H] or [B, T, H]; `task` [B] where the learner is told."""
+        return self.linear(features)
+
+
+class GrowingHead(Head):
+    """A head that offers the classes met so far, and from `adapt` on those of the new experience too.
+
+    The rows of all C classes are there from the start and not offered: a product with a matrix of another width rounds
+    differently, so that rows added later would change old logits in the last bit. Parameters keep their shape, so
+    optimiser states and checkpoints fit at any time. A row not offered gets no gradient; weight decay still shrinks it.
+
+    Args:
+        features: H.
+        outputs: C, the number of classes of the whole stream.
+    """
+
+    met: Tensor
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs)
+        self.register_buffer("met", torch.zeros(outputs, dtype=torch.bool))  # [C]
+
+    def adapt(self, experience: Experience) -> None:
+        """Offer the experience's classes from now on."""
+        self.met[list(experience.classes)] = True
+
+    def forward(self, features: Tensor, task: Tensor | None = None) -> Tensor:
+        """Logits in class space; classes not met yet get the lowest value."""
+        logits = self.linear(features)
+        return logits.masked_fill(~self.met, torch.finfo(logits.dtype).min)
+
+
+class TaskHead(Head):
+    """Separate outputs for every task: a row of the batch only sees its own task's.
+
+    Args:
+        features: H.
+        outputs: C, the number of classes of the whole stream.
+        tasks: for each task label the classes that this task can answer with.
+    """
+
+    column: Tensor
+
+    def __init__(self, features: int, outputs: int, tasks: list[tuple[int, ...]]) -> None:
+        super().__init__(features, sum(len(classes) for classes in tasks))
+        self.outputs = outputs
+        column, start = torch.full((len(tasks), outputs), -1), 0
+        for task, classes in enumerate(tasks):
+            column[task, list(classes)] = torch.arange(start, start + len(classes))
+            start += len(classes)
+        self.register_buffer("column", column, persistent=False)  # [tasks, C] -> row of the linear layer
+
+    def forward(self, features: Tensor, task: Tensor | None = None) -> Tensor:
+        """Logits in class space; classes of other tasks get the lowest value.
+
+        Raises:
+            ValueError: the batch carries no task labels.
+        """
+        if task is None:
+            raise ValueError(
+                "A head per task needs task labels: use a task-incremental stream, or learner.head=shared."
+            )
+        logits = self.linear(features)
+        # One column more, for what is not offered: a gather of it needs no second mask.
+        logits = F.pad(logits, [0, 1], value=torch.finfo(logits.dtype).min)
+        column = self.column[task].remainder(logits.shape[-1])  # [B, C]
+        if features.ndim == 3:
+            column = column[:, None].expand(-1, features.shape[1], -1)
+        return logits.gather(-1, column)

@@ -1,0 +1,168 @@
+"""The contract of a net: embedding, blocks, readout and head, cut-able before any block.
+
+Letters: B batch, T time, D input features, H hidden, C outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from clplat.learners.nets.heads import Head
+from clplat.streams.experience import Batch
+
+State = tuple[Tensor, ...] | None
+"""What a block carries over time, every tensor [B, ...]; None before the first step, and for blocks without memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a learner computes for a batch.
+
+    Attributes:
+        logits: [B, C], or [B, T, C] where there is a target at every step.
+        features: [B, H] or [B, T, H], the head's input.
+        state: one entry a block, to go on from where this batch ended.
+    """
+
+    logits: Tensor
+    features: Tensor
+    state: tuple[State, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a stream feeds a net: all that is needed to build one (see `Stream` for the fields).
+
+    Attributes:
+        features: D, the width of float inputs; None for token inputs.
+        vocabulary: the number of token ids; None for float inputs.
+        steps: T where every sequence has the same length, None where lengths differ, 0 without a time axis.
+        per_step: True when there is a target at every time step.
+
+    Raises:
+        ValueError: not exactly one of features and vocabulary is given.
+    """
+
+    features: int | None = None
+    vocabulary: int | None = None
+    steps: int | None = None
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.features is None) == (self.vocabulary is None):
+            raise ValueError(
+                f"Inputs: got features={self.features} and vocabulary={self.vocabulary}; "
+                "give features for float inputs or vocabulary for token inputs, and leave the other None."
+            )
+
+    def need_time(self, learner: str) -> None:
+        """Refuse inputs without a time axis.
+
+        Raises:
+            ValueError: they have none; the message names `learner` and what to change.
+        """
+        if self.steps == 0:
+            raise ValueError(
+                f"{learner} learns sequences [B, T, D], and this stream's inputs are [B, {self.features}] without a "
+                "time axis: set stream.source.as_=rows to read them row by row, or learner=mlp."
+            )
+
+
+class Block(nn.Module):
+    """One layer of a net. Subclasses map [B, T, H] (or [B, H] where there is no time) to the same shape."""
+
+    def forward(
+        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The block's output and its state after the last step.
+
+        Args:
+            hidden: [B, T, H].
+            state: what an earlier call returned, None for a new sequence.
+            reset: [B, T] bool, True where a new sequence starts: nothing before that step may be seen from it.
+            lengths: [B] valid steps. Only blocks that look ahead need it; outputs on padding are never read.
+        """
+        raise TypeError(f"{type(self).__name__} does not define forward(hidden, state, reset, lengths).")
+
+
+class Net(nn.Module):
+    """Embedding, blocks, readout and head, as one plain module.
+
+    Args:
+        embedding: maps `Batch.x` to the first hidden sequence.
+        blocks: in order.
+        head: maps features to logits.
+        per_step: True keeps one feature vector a step, False reads the sequence out as one vector.
+        readout: how a sequence becomes one vector: "last" valid step, or "mean" over valid steps. Ignored where
+            there is no time axis.
+
+    Raises:
+        ValueError: an unknown readout.
+    """
+
+    def __init__(
+        self, embedding: nn.Module, blocks: Sequence[Block], head: Head, per_step: bool = False, readout: str = "last"
+    ) -> None:
+        super().__init__()
+        if readout not in ("last", "mean"):
+            raise ValueError(f"readout: got {readout!r}, allowed are 'last' and 'mean'.")
+        self.embedding, self.blocks, self.head = embedding, nn.ModuleList(blocks), head
+        self.per_step, self.readout = per_step, readout
+
+    def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
+        """Logits, features and state of a batch; `state` and `reset` as for `Block.forward`, one state a block."""
+        hidden, new = self.lower(batch, len(self.blocks), state, reset)
+        features = self.read(hidden, batch.lengths)
+        return Output(self.head(features, batch.task), features, new)
+
+    def lower(
+        self, batch: Batch, cut: int, state: Sequence[State] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """The hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
+        hidden = self.embedding(batch.x)
+        return self._through(hidden, 0, cut, state, reset, batch.lengths)
+
+    def upper(
+        self,
+        hidden: Tensor,
+        cut: int,
+        batch: Batch,
+        state: Sequence[State] | None = None,
+        reset: Tensor | None = None,
+    ) -> Output:
+        """What `forward` gives, from the hidden sequence that enters block `cut`; `batch` gives lengths and task."""
+        hidden, new = self._through(hidden, cut, len(self.blocks), state, reset, batch.lengths)
+        features = self.read(hidden, batch.lengths)
+        return Output(self.head(features, batch.task), features, new)
+
+    def read(self, hidden: Tensor, lengths: Tensor | None) -> Tensor:
+        """Features [B, H] (or [B, T, H] with `per_step`) from the last hidden sequence."""
+        if self.per_step or hidden.ndim == 2:
+            return hidden
+        if self.readout == "mean":
+            if lengths is None:
+                return hidden.mean(1)
+            valid = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+            return (hidden * valid[..., None]).sum(1) / lengths[:, None]
+        if lengths is None:
+            return hidden[:, -1]
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+    def _through(
+        self,
+        hidden: Tensor,
+        first: int,
+        last: int,
+        state: Sequence[State] | None,
+        reset: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        new: list[State] = []
+        for i in range(first, last):
+            hidden, after = self.blocks[i](hidden, None if state is None else state[i - first], reset, lengths)
+            new.append(after)
+        return hidden, tuple(new)

@@ -1,0 +1,66 @@
+"""Where a run came from: code version, environment, user. Everything here may fail quietly, nothing may stop a run."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SHOWN = ("clplat", "torch", "pytorch-lightning", "mlflow", "hydra-core", "triton", "numpy")
+
+
+def tags() -> dict[str, str]:
+    """What MLflow shows about a run's origin."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container without a password file
+        user = "unknown"
+    commit = git("rev-parse", "HEAD")
+    shown = {
+        "mlflow.user": user,
+        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:1000],
+        "mlflow.source.type": "LOCAL",
+        "clplat.version": version("clplat"),
+        "torch.version": version("torch"),
+    }
+    return shown | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def code() -> dict[str, Any]:
+    """Command line, commit of the working directory and the files changed since, versions of what matters most."""
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": sys.argv,
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changes": None if changes is None else changes.splitlines(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in SHOWN},
+    }
+
+
+def installed() -> str:
+    """Every installed package with its version, in the form of a requirements file."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower))
+
+
+def version(package: str) -> str:
+    """Of an installed package; "absent" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def git(*arguments: str) -> str | None:
+    """What a git command prints in the working directory; None where there is no git, or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,373 @@
+"""The loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
+
+for each experience
+    strategy.before_experience
+    trainer.fit          (one Trainer; one of its epochs is one experience)
+    strategy.after_experience
+    score all test sets -> a row of R -> tracker -> checkpoint
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from clplat import checkpoint
+from clplat.evaluate import evaluate
+from clplat.learners.learner import Learner
+from clplat.lightning import pl
+from clplat.metrics import ScoreTable
+from clplat.strategy import Session, check_needs
+from clplat.streams.experience import Stream, StreamError
+from clplat.streams.loader import ChunkLoader, passes_steps
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """What a run tells its tracker; `clplat.tracking` has the one for MLflow."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keep some values at an optimiser step; never blocks, never raises."""
+        ...
+
+    def log_results(self, results: ScoreTable, seen: ScoreTable) -> None:
+        """Keep the scores after an experience: over all classes, and over the classes seen so far."""
+        ...
+
+    def persist(self) -> None:
+        """Make safe what was logged so far: a checkpoint is about to be written, and a resume starts there."""
+        ...
+
+
+class Silent:
+    """A tracker that keeps nothing.
+
+    Args:
+        folder: the run's local folder; not used.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def log_results(self, results: ScoreTable, seen: ScoreTable) -> None:
+        """Nothing."""
+
+    def persist(self) -> None:
+        """Nothing."""
+
+    def start(self, *args: Any, **kwargs: Any) -> str:
+        """No run is begun; its id is ""."""
+        return ""
+
+    def finish(self, results: ScoreTable, seen: ScoreTable) -> None:
+        """Nothing."""
+
+    def log_checkpoint(self, path: Path) -> None:
+        """Nothing."""
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Nothing."""
+
+    def where(self) -> str:
+        """Where to look: nowhere."""
+        return "not tracked (tracking=none)"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, and in what portions, an experience is trained.
+
+    Attributes:
+        batch_size: B.
+        epochs: passes over the training set of each experience; give either this or `steps`.
+        steps: optimiser steps in each experience.
+        seed: of the order of the examples.
+        chunk: optimiser steps in one call of Lightning's training step, at most.
+        log_every_n_steps: training curves get a point this often.
+        checkpoint_every_n_steps: an exact checkpoint this often, besides the one before every experience; None: only
+            that one.
+
+    Raises:
+        ValueError: a number below 1, or not exactly one of epochs and steps.
+    """
+
+    batch_size: int = 32
+    epochs: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    chunk: int = 32
+    log_every_n_steps: int = 50
+    checkpoint_every_n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"training: give either epochs or steps, got epochs={self.epochs} and steps={self.steps}: "
+                "set the other one to null."
+            )
+        for name in ("batch_size", "epochs", "steps", "chunk", "log_every_n_steps", "checkpoint_every_n_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name}: got {value}, it must be at least 1.")
+
+    def length(self, session: Session) -> int:
+        """Optimiser steps spent on a session."""
+        if session.data is None:
+            return 0
+        if self.steps is not None:
+            return round(self.steps * session.share)
+        assert self.epochs is not None
+        return self.epochs * passes_steps(len(session.data), self.batch_size)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How scores are taken.
+
+    Attributes:
+        batch_size: examples a forward pass.
+        every_n_steps: rows between those after each experience, for the stability gap; None: no such rows.
+        examples: those rows take this many examples of each test set, evenly spaced; None: all.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    batch_size: int = 1000
+    every_n_steps: int | None = None
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "every_n_steps", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name}: got {value}, it must be at least 1.")
+
+
+class Run:
+    """One learner over one stream.
+
+    Args:
+        stream: what is learned.
+        learner: what learns, with its strategy.
+        trainer: Lightning's; device, precision and callbacks are its own.
+        training: batch size, length, seed, chunks.
+        evaluation: batch size and extra rows.
+        tracker: told all metrics.
+        folder: where `last.ckpt` is kept; None: no checkpoints.
+        notes: plain values that are kept in every checkpoint (configuration, run id).
+
+    Raises:
+        StreamError: the stream cannot be learned, or lacks what the strategy needs.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        learner: Learner,
+        trainer: pl.Trainer,
+        training: Training,
+        evaluation: Evaluation | None = None,
+        tracker: Recorder | None = None,
+        folder: Path | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        stream.check()
+        check_needs(learner.strategy, stream)
+        if learner.objective.kind != stream.target:
+            raise StreamError(
+                f"The objective is for {learner.objective.kind!r} targets, stream {stream.name!r} has "
+                f"{stream.target!r} targets: set objective=auto."
+            )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"trainer.devices: got {trainer.world_size} processes, one is supported so far: set it to 1."
+            )
+        self.stream, self.learner, self.trainer = stream, learner, trainer
+        self.training, self.evaluation = training, evaluation or Evaluation()
+        self.tracker = tracker or Silent()
+        self.folder, self.notes = folder, notes or {}
+        score, higher = learner.objective.score_name, learner.objective.higher_is_better
+        self.results = ScoreTable(len(stream), score, higher)
+        self.seen_results = ScoreTable(len(stream), score, higher, masked=True)
+        self.experience = 0
+        """The experience being trained; K when the run is complete."""
+        self.step = 0
+        """Optimiser steps done on it."""
+        self._random: dict[str, Any] | None = None
+        learner.strategy.wrap(learner)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state, exactly."""
+        learner = self.learner
+        self.experience, self.step = state["experience"], state["step"]
+        for experience in self.stream.experiences[: self.experience + 1]:
+            learner.shape_for(experience)
+        learner.load_state_dict(state["learner"])
+        learner.steps = state["steps"]
+        learner.resume_optimizer = state["optimizer"]
+        self.results.load_state_dict(state["results"])
+        self.seen_results.load_state_dict(state["seen_results"])
+        self._random = state["random"]
+
+    def go(self) -> ScoreTable:
+        """Train on what is left of the stream; returns all scores.
+
+        Raises:
+            NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is from before it.
+        """
+        stream, learner = self.stream, self.learner
+        if self._random is None:
+            learner.begin(stream[0])
+            self.save()
+        else:
+            checkpoint.set_random_state(self._random)
+        if not self.results.trained:
+            self.score(trained=-1, final=True)
+        while self.experience < len(stream):
+            self._learn_experience()
+        return self.results
+
+    def _learn_experience(self) -> None:
+        stream, learner, experience = self.stream, self.learner, self.stream[self.experience]
+        started = time.perf_counter()
+        session = learner.strategy.session(stream, self.experience, Session(experience.train))
+        length = self.training.length(session)
+        learner.enter(experience)
+        if session.data is not None and self.step < length:
+            self._fit(session, length)
+        learner.to(self.trainer.strategy.root_device)  # Lightning leaves it on the CPU after fit
+        trained = time.perf_counter()
+        learner.end(experience)
+        consolidated = time.perf_counter()
+        self.score(trained=self.experience, final=True)
+        done = self.experience + 1
+        self.tracker.log_results(self.results, self.seen_results)
+        self.tracker.log(
+            {
+                "cost/training_seconds": trained - started,
+                "cost/consolidation_seconds": consolidated - trained,
+                "cost/evaluation_seconds": time.perf_counter() - consolidated,
+                "cost/stored_bytes": learner.strategy.stored_bytes(),
+                "cost/passes_per_step": learner.strategy.passes,
+            },
+            step=done,
+        )
+        self.experience, self.step = done, 0
+        if done < len(stream):
+            learner.begin(stream[done])
+        self.save()
+
+    def _fit(self, session: Session, length: int) -> None:
+        learner, trainer, training = self.learner, self.trainer, self.training
+        assert session.data is not None
+        loader = ChunkLoader(
+            session.data,
+            batch_size=training.batch_size,
+            steps=length,
+            seed=training.seed,
+            experience=self.experience,
+            start=self.step,
+            chunk=training.chunk,
+            cuts=[
+                n
+                for n in (
+                    training.log_every_n_steps,
+                    training.checkpoint_every_n_steps,
+                    self.evaluation.every_n_steps,
+                )
+                if n is not None
+            ],
+            offset=learner.steps - self.step,
+        )
+        learner.plan(length, self.step)
+        # Lightning's set-up may draw random numbers: what comes before the first step must not matter.
+        state = checkpoint.random_state()
+        learner.before_first_step = lambda: checkpoint.set_random_state(state)
+        between = _BetweenChunks(self, learner.steps - self.step, length)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a plain list, set by Lightning
+        callbacks.append(between)
+        trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+        try:
+            trainer.fit(learner, train_dataloaders=loader)
+        finally:
+            callbacks.remove(between)
+
+    def score(self, trained: int, final: bool) -> None:
+        """Add a row to the results.
+
+        Args:
+            trained: the experience trained last, -1 for none.
+            final: True after the whole experience, False in between.
+        """
+        scores, seen = evaluate(
+            self.learner,
+            self.stream.experiences,
+            self.evaluation.batch_size,
+            None if final else self.evaluation.examples,
+            self.trainer.precision_plugin.forward_context(),
+        )
+        step = self.learner.steps
+        self.results.append(scores, trained, step, final)
+        self.seen_results.append(seen, trained, step, final)
+
+    def save(self) -> None:
+        """Write `last.ckpt`. A full disk does not stop the training: the last good checkpoint stays."""
+        if self.folder is None:
+            return
+        optimizer = self.learner.resume_optimizer  # kept from the last experience, before the next one began
+        if self.step and self.learner.optimizer is not None:
+            optimizer = self.learner.optimizer.state_dict()
+        state = {
+            "experience": self.experience,
+            "step": self.step,
+            "steps": self.learner.steps,
+            "complete": self.experience == len(self.stream),
+            "learner": self.learner.state_dict(),
+            "optimizer": optimizer,
+            "random": checkpoint.random_state(),
+            "results": self.results.state_dict(),
+            "seen_results": self.seen_results.state_dict(),
+            "notes": self.notes,
+        }
+        self.tracker.persist()
+        try:
+            checkpoint.save(self.folder / "last.ckpt", state)
+        except OSError as error:
+            log.warning(
+                "No checkpoint written at step %d (%s). Training goes on; the last good checkpoint is kept. "
+                "Free some space, or set output_dir to another disk.",
+                self.learner.steps,
+                error,
+            )
+
+
+class _BetweenChunks(pl.Callback):
+    """Curves, extra rows and checkpoints between two chunks of an experience."""
+
+    def __init__(self, run: Run, before: int, length: int) -> None:
+        self.run, self.before, self.length = run, before, length
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Do what is due at this optimiser step; chunks end where something is due."""
+        run, steps = self.run, self.run.learner.steps
+        run.step = steps - self.before
+        last = run.step == self.length
+        if steps % run.training.log_every_n_steps == 0 or last:
+            run.tracker.log({f"train/{name}": v for name, v in run.learner.mean_terms().items()}, steps)
+        every = run.evaluation.every_n_steps
+        if every is not None and steps % every == 0 and not last:
+            run.score(trained=run.experience, final=False)
+        every = run.training.checkpoint_every_n_steps
+        if every is not None and steps % every == 0:
+            run.save()

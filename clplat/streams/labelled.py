@@ -1,0 +1,190 @@
+"""Labelled data sets in memory, and what every stream made of one shares: layouts, held-out rows, experiences.
+
+Letters: N examples, H image rows, W image columns, T time steps, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from clplat.streams.data import TensorData, Transform
+from clplat.streams.experience import Experience, Scenario, Stream, StreamError
+from clplat.streams.loader import stable_seed
+
+Layout = Literal["pixels", "rows", "steps"]
+"""How an example is given to the learner: one vector, one row a time step, or one pixel a time step."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A data set with one class an example.
+
+    Attributes:
+        name: for the names of streams.
+        train_x: [N, H, W] images, [N, T, D] sequences or [N, D] vectors, floats.
+        train_y: [N] int64 classes.
+        test_x: as train_x.
+        test_y: as train_y.
+        classes: C; labels lie in 0..C-1.
+        train_domain: [N] int64, the domain (speaker, writer, site) of each training example, where there is one.
+        test_domain: as train_domain.
+
+    Raises:
+        StreamError: sizes that do not fit each other, or labels outside 0..C-1.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+    train_domain: Tensor | None = None
+    test_domain: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        parts = (
+            ("train", self.train_x, self.train_y, self.train_domain),
+            ("test", self.test_x, self.test_y, self.test_domain),
+        )
+        for part, x, y, domain in parts:
+            where = f"{self.name}, {part} set"
+            if len(x) == 0:
+                raise StreamError(f"{where}: it is empty, it needs at least one example.")
+            if x.ndim not in (2, 3) or not x.is_floating_point():
+                raise StreamError(
+                    f"{where}: inputs must be floats [N, H, W], [N, T, D] or [N, D], got {x.dtype} {list(x.shape)}."
+                )
+            if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+                raise StreamError(f"{where}: labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}.")
+            if int(y.min()) < 0 or int(y.max()) >= self.classes:
+                raise StreamError(
+                    f"{where}: labels must lie in 0..{self.classes - 1}, got {int(y.min())}..{int(y.max())}."
+                )
+            if domain is not None and domain.shape != y.shape:
+                raise StreamError(f"{where}: domains must be [{len(x)}], got {list(domain.shape)}.")
+        if self.train_x.shape[1:] != self.test_x.shape[1:]:
+            raise StreamError(
+                f"{self.name}: train and test inputs must have one shape, "
+                f"got {list(self.train_x.shape[1:])} and {list(self.test_x.shape[1:])}."
+            )
+
+    def laid_out(self, as_: Layout) -> Labelled:
+        """The same data set in another layout (see `lay_out`)."""
+        return replace(self, train_x=lay_out(self.train_x, as_), test_x=lay_out(self.test_x, as_))
+
+
+def lay_out(x: Tensor, as_: Layout) -> Tensor:
+    """Examples as vectors or as sequences; pixels keep their order, row by row.
+
+    Args:
+        x: [N, H, W], [N, channels, H, W], [N, T, D] or [N, D].
+        as_: "pixels" gives [N, all values]; "rows" gives [N, H, W] (channels side by side: [N, H, channels * W]);
+            "steps" gives [N, H * W, 1] ([N, H * W, channels]), one pixel a time step.
+
+    Raises:
+        StreamError: an unknown layout, or rows of vectors, which have none.
+    """
+    if as_ not in get_args(Layout):
+        raise StreamError(f"as_: got {as_!r}, allowed are {', '.join(get_args(Layout))}.")
+    if x.ndim not in (2, 3, 4):
+        raise StreamError(f"as_={as_}: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}.")
+    if as_ == "pixels":
+        return x.flatten(1)
+    if as_ == "steps":
+        return x.flatten(2).transpose(1, 2).contiguous() if x.ndim == 4 else x.flatten(1).unsqueeze(-1)
+    if x.ndim == 2:
+        raise StreamError(f"as_=rows: vectors {list(x.shape)} have no rows; use as_=pixels or as_=steps.")
+    return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
+
+
+def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Rows to keep and rows to hold out, at random but with every label's share kept.
+
+    Args:
+        labels: [N] what to balance over.
+        fraction: of each label's examples, rounded, 0..1 (0 holds nothing out).
+        seed: of the choice.
+
+    Returns:
+        The kept rows and the held-out rows, ascending; None for the latter when the fraction is 0.
+
+    Raises:
+        StreamError: the fraction is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise StreamError(f"The held-out fraction must be at least 0 and below 1, got {fraction}.")
+    if fraction == 0:
+        return torch.arange(len(labels)), None
+    generator = torch.Generator().manual_seed(stable_seed(seed, "hold out"))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(rows), generator=generator)
+        held[rows[order[: round(fraction * len(rows))]]] = True
+    return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
+
+
+def scenario_of(task_incremental: bool, otherwise: Scenario) -> Scenario:
+    """Task-incremental where the learner is told the task, else what changes."""
+    return "task_incremental" if task_incremental else otherwise
+
+
+def make_experience(
+    source: Labelled,
+    index: int,
+    name: str,
+    train: Tensor,
+    valid: Tensor | None,
+    test: Tensor,
+    transform: Transform | None = None,
+    task_label: int | None = None,
+) -> Experience:
+    """An experience of some rows of a data set; the tensors are shared, only row numbers are new.
+
+    Args:
+        source: in the layout of the stream.
+        index: place in the stream.
+        name: of the experience.
+        train: rows of the training part.
+        valid: further rows of the training part, held out; None for none.
+        test: rows of the test part.
+        transform: of the inputs of each batch.
+        task_label: where the learner is told.
+
+    Raises:
+        StreamError: a set would be empty.
+    """
+    for part, rows in (("train", train), ("valid", valid), ("test", test)):
+        if rows is not None and len(rows) == 0:
+            advice = "; lower or drop valid_fraction" if part == "valid" else ""
+            raise StreamError(f"Experience {index} ({name}) would have an empty {part} set{advice}.")
+    x, y = source.train_x, source.train_y
+    return Experience(
+        index=index,
+        name=name,
+        classes=tuple(y[train].unique().tolist()),
+        train=TensorData(x, y, train, transform, task_label),
+        test=TensorData(source.test_x, source.test_y, test, transform, task_label),
+        valid=None if valid is None else TensorData(x, y, valid, transform, task_label),
+        task_label=task_label,
+    )
+
+
+def make_stream(name: str, experiences: Sequence[Experience], scenario: Scenario, source: Labelled) -> Stream:
+    """A stream of experiences of one data set, which is in the layout of the stream."""
+    sequences = source.train_x.ndim == 3
+    return Stream(
+        name=name,
+        experiences=tuple(experiences),
+        scenario=scenario,
+        target="class",
+        outputs=source.classes,
+        features=source.train_x.shape[-1],
+        steps=source.train_x.shape[1] if sequences else 0,
+    )

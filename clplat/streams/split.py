@@ -1,0 +1,93 @@
+"""Class- and task-incremental streams: each experience brings classes of its own (van de Ven & Tolias, 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from clplat.streams.experience import Stream, StreamError
+from clplat.streams.labelled import Labelled, Layout, hold_out, make_experience, make_stream, scenario_of
+from clplat.streams.loader import stable_seed
+
+
+def split(
+    source: Labelled,
+    experiences: int | None = None,
+    classes_per_experience: int | Sequence[int] | None = None,
+    class_order: Literal["natural", "random"] | Sequence[int] = "natural",
+    order_seed: int = 0,
+    task_incremental: bool = False,
+    as_: Layout = "rows",
+    valid_fraction: float = 0.0,
+    data_seed: int = 0,
+) -> Stream:
+    """A data set cut by class. Labels keep their meaning: class 7 is output 7 in every experience.
+
+    Args:
+        source: the data set, C classes.
+        experiences: K; the classes are dealt out evenly. Give this or `classes_per_experience`.
+        classes_per_experience: one number for all, or one for each experience; together C.
+        class_order: "natural" (0, 1, ...), "random" (by `order_seed`) or all classes in the order wanted.
+        order_seed: of the random order; not the training seed.
+        task_incremental: tell the learner which experience an example is from.
+        as_: layout of the inputs.
+        valid_fraction: share of every class's training examples to hold out, 0..1.
+        data_seed: of that choice.
+
+    Raises:
+        StreamError: classes that cannot be dealt out as asked, or an order that is not one of all classes.
+    """
+    order = _order(source.classes, class_order, order_seed)
+    sizes = _sizes(source.classes, experiences, classes_per_experience)
+    source = source.laid_out(as_)
+    train, valid = hold_out(source.train_y, valid_fraction, data_seed)
+    parts = []
+    for index, classes in enumerate(torch.tensor(order).split(sizes)):
+        parts.append(
+            make_experience(
+                source,
+                index,
+                f"{source.name} {' '.join(map(str, sorted(classes.tolist())))}",
+                train[torch.isin(source.train_y[train], classes)],
+                None if valid is None else valid[torch.isin(source.train_y[valid], classes)],
+                torch.isin(source.test_y, classes).nonzero().squeeze(1),
+                task_label=index if task_incremental else None,
+            )
+        )
+    return make_stream(f"split_{source.name}", parts, scenario_of(task_incremental, "class_incremental"), source)
+
+
+def _order(classes: int, order: str | Sequence[int], seed: int) -> list[int]:
+    if order == "natural":
+        return list(range(classes))
+    if order == "random":
+        generator = torch.Generator().manual_seed(stable_seed(seed, "class order"))
+        return torch.randperm(classes, generator=generator).tolist()
+    if isinstance(order, str) or sorted(order) != list(range(classes)):
+        raise StreamError(
+            f"class_order: got {order if isinstance(order, str) else list(order)}, allowed are natural, random or "
+            f"each class of 0..{classes - 1} once."
+        )
+    return list(order)
+
+
+def _sizes(classes: int, experiences: int | None, each: int | Sequence[int] | None) -> list[int]:
+    if (experiences is None) == (each is None):
+        raise StreamError(
+            f"Give either experiences or classes_per_experience, got experiences={experiences} and "
+            f"classes_per_experience={each}."
+        )
+    if experiences is not None:
+        if experiences < 1 or classes % experiences:
+            raise StreamError(
+                f"{classes} classes cannot be dealt out evenly to experiences={experiences}: use a divisor of "
+                f"{classes}, or a list in classes_per_experience."
+            )
+        return [classes // experiences] * experiences
+    sizes = [each] * (classes // max(each, 1)) if isinstance(each, int) else list(each or ())
+    if sum(sizes) != classes or min(sizes, default=0) < 1:
+        wanted = each if isinstance(each, int) else sizes
+        raise StreamError(f"classes_per_experience={wanted} must be at least 1 each and give {classes} in total.")
+    return sizes

@@ -1,0 +1,23 @@
+"""What happens when a sweep is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class SweepReport(Callback):
+    """Hydra callback: when a sweep is over, print its forgetting table and where to look."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table of all runs of the sweep that finished."""
+        from clplat import charts_view, report
+
+        folder = Path(config.hydra.sweep.dir)
+        runs = [report.read_run(f) for f in sorted(folder.rglob("result.json"))]
+        if runs:
+            report.print_sweep(runs)
+            print(f"Runs: {folder}")

@@ -1,0 +1,222 @@
+"""From a configuration to scores: compose -> build -> run -> report. Hydra ends here; all below takes plain values."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from clplat.config import ConfigError, check, differences
+from clplat.errors import UserError
+
+VOLATILE = ("resume", "debug", "progress", "output_dir", "tracking", "threads")
+"""Keys that may differ between a run and its resumption."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a run is called in tables and in MLflow.
+
+    Attributes:
+        stream: the option chosen in the group of that name.
+        learner: likewise.
+        strategy: the strategies in order, joined by "+".
+        sweep: the sweep's identifier, None for a single run.
+    """
+
+    stream: str
+    learner: str
+    strategy: str
+    sweep: str | None = None
+
+
+def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) -> dict[str, float]:
+    """Run what `cfg` describes, in `folder`; returns the metrics after the last experience.
+
+    Args:
+        cfg: composed configuration (`conf/train.yaml`).
+        folder: gets checkpoint, configuration, scores and whatever could not be sent to the tracking server.
+        names: of the run.
+        overridden: True if the user gave options besides `resume`; then they must agree with the resumed run's.
+
+    Raises:
+        ConfigError, StreamError, CheckpointError, TrackingError: something is wrong before the first training step.
+        NonFiniteLoss: a loss became NaN or infinite in training.
+    """
+    from clplat import checkpoint
+
+    state = checkpoint.load(folder / "last.ckpt") if cfg.resume else None
+    if state is not None:
+        cfg, names = _resumed(cfg, state["notes"], overridden), Names(**state["notes"]["names"])
+    check(cfg)
+    folder = _writable(folder)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
+
+    import torch
+
+    from clplat import report
+    from clplat.lightning import pl
+    from clplat.progress import Progress
+    from clplat.run import Run
+
+    # Its banners and hints are about loops that it runs itself.
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    with _refusing("stream"):
+        stream = instantiate(cfg.stream)
+        stream.check()
+    pl.seed_everything(cfg.seed, verbose=False)
+    with _refusing("learner"):
+        learner = build_learner(cfg, stream)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    with _refusing("tracking"):
+        tracker = instantiate(cfg.tracking, folder=folder)
+    with _refusing("trainer"):
+        trainer = _trainer(
+            cfg, tracker, [Progress(f"{names.strategy}, seed {cfg.seed}", len(stream))] if cfg.progress else []
+        )
+    notes = {"config": plain, "names": vars(names), "run_id": None if state is None else state["notes"]["run_id"]}
+    with _refusing("run"):
+        training, evaluation = instantiate(cfg.training), instantiate(cfg.evaluation)
+        run = Run(stream, learner, trainer, training, evaluation, tracker, folder, notes)
+    if state is not None:
+        run.resume(state)
+    notes["run_id"] = tracker.start(names, plain, stream, run_id=notes["run_id"] or None)
+    try:
+        results = run.go()
+        summary = report.summarise(names, cfg.seed, results, run.seen_results)
+        (folder / "result.json").write_text(json.dumps(summary, indent=1))
+        tracker.finish(results, run.seen_results)
+        tracker.log_checkpoint(folder / "last.ckpt")
+    except BaseException as error:
+        tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        raise
+    tracker.close("FINISHED")
+    report.print_run(results, run.seen_results, names, tracker.where())
+    return summary["metrics"]
+
+
+def build_learner(cfg: DictConfig, stream: Any) -> Any:
+    """The learner that `cfg.learner`, `.objective`, `.optimizer`, `.schedule` and `.strategy` describe, for a stream."""
+    from clplat.learners.learner import Learner
+    from clplat.learners.nets import heads
+    from clplat.learners.nets.net import Inputs
+    from clplat.strategy import Composite
+
+    options = dict(cfg.learner)
+    net, kind = instantiate(options.pop("net")), options.pop("head")
+    if kind == "auto":
+        kind = "task" if stream.scenario == "task_incremental" else "shared"
+    tasks = [e.classes or tuple(range(stream.outputs)) for e in stream if e.task_label is not None]
+    if kind == "task" and not tasks:
+        raise ConfigError(
+            f"learner.head=task needs a task-incremental stream, {stream.name!r} is {stream.scenario}: "
+            "use learner.head=shared, or growing."
+        )
+    if kind == "growing" and stream.target != "class":
+        raise ConfigError(
+            f"learner.head=growing needs one class a sequence, {stream.name!r} has {stream.target!r} targets."
+        )
+    makers = {
+        "shared": partial(heads.Head, outputs=stream.outputs),
+        "growing": partial(heads.GrowingHead, outputs=stream.outputs),
+        "task": partial(heads.TaskHead, outputs=stream.outputs, tasks=tasks),
+    }
+    if kind not in makers:
+        raise ConfigError(f"learner.head: got {kind!r}, allowed are auto, {', '.join(makers)}.")
+    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    objective = instantiate(cfg.objective)
+    if isinstance(objective, partial):
+        objective = objective(stream.target)
+    parts = {name: instantiate(part) for name, part in cfg.strategy.items()}
+    return Learner(
+        net=net(inputs, makers[kind]),
+        objective=objective,
+        strategy=next(iter(parts.values())) if len(parts) == 1 else Composite(parts),
+        optimizer=instantiate(cfg.optimizer),
+        schedule=instantiate(cfg.schedule),
+        **options,
+    )
+
+
+@contextmanager
+def _refusing(part: str) -> Iterator[None]:
+    # Whatever a constructor will not take is the configuration's fault.
+    try:
+        yield
+    except UserError:
+        raise
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from error
+        where = re.search(r"full_key: (\S+)", str(error))
+        raise ConfigError(f"{where[1] if where else part}: {str(cause).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{part}: {str(error).splitlines()[0]}") from error
+
+
+def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:
+    from pytorch_lightning.loggers import Logger
+
+    precision = str(cfg.trainer.get("precision", "32-true"))
+    if precision not in ("32-true", "32", "64-true", "64", "bf16-mixed"):
+        raise ConfigError(
+            f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
+            "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
+        )
+    for key, instead in (("gradient_clip_val", "learner.clip_norm"), ("accumulate_grad_batches", "training.batch_size")):
+        if cfg.trainer.get(key) is not None:
+            raise ConfigError(f"trainer.{key}: the learner takes its own optimiser steps; set {instead} instead.")
+    more = list(instantiate(cfg.trainer.get("callbacks")) or [])
+    options = {k: v for k, v in cfg.trainer.items() if k != "callbacks"}
+    return instantiate(
+        options,
+        logger=tracker if isinstance(tracker, Logger) else False,
+        callbacks=[*callbacks, *more],
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,  # of Lightning's batches, our chunks; it warns when there are fewer
+    )
+
+
+def _resumed(cfg: DictConfig, notes: Mapping[str, Any], overridden: bool) -> DictConfig:
+    saved = DictConfig(notes["config"])
+    kept = {k: cfg[k] for k in VOLATILE if k in cfg}
+    if overridden:
+        unlike = [d for d in differences(saved, cfg) if d.split(":")[0].split(".")[0] not in VOLATILE]
+        if unlike:
+            raise ConfigError(
+                f"resume: the options given differ from the run's own: {'; '.join(unlike)}. "
+                "Give the same options, or none but resume."
+            )
+    return OmegaConf.merge(saved, kept)  # type: ignore[return-value]  # both are mappings
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: cannot write to {folder} ({os.strerror(error.errno or 0)}): choose another with output_dir=PATH."
+        ) from error
+    return folder.resolve()

@@ -1,0 +1,99 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clplat.fisher import check_kind, fisher
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.penalty import Quadratic
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience
+from clplat.streams.loader import stable_seed
+
+MODES = ("separate", "online", "single")
+
+
+class EWC(Strategy):
+    """Adds strength / 2 * sum_i F_i (theta_i - theta*_i)^2, F the diagonal Fisher information (eq. 3 of the paper).
+
+    The modes differ in what is kept of several experiences:
+
+    - separate (Kirkpatrick): one such penalty for each, with its own anchor. Their sum is one quadratic with summed
+      F and a weighted centre, plus a constant: that is how it is stored, so memory and time do not grow with K.
+    - online (Schwarz et al. 2018, eq. 8 and 9): F <- gamma * F + F_k, only the latest anchor, and gamma again in the
+      penalty.
+    - single (Huszar 2018): online with gamma = 1. Separate anchors count old experiences twice; this does not.
+
+    Deviations: the paper leaves its Fisher estimate open; here it is always a mean over examples of squared gradients
+    of single examples. Strengths of libraries without the factor 1/2 (Avalanche, Mammoth) are half of these.
+
+    Args:
+        strength: lambda; 0 is finetuning.
+        mode: "separate", "online" or "single".
+        gamma: of mode "online", in 0..1.
+        fisher: "exact", "sampled" or "empirical", see `clplat.fisher`.
+        examples: the Fisher is a mean over this many examples of the experience, null: all.
+        batch_size: examples a pass of the Fisher; no effect on the result.
+        seed: of the choice of these examples and of sampled labels.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"boundaries"})
+
+    def __init__(
+        self,
+        strength: float,
+        mode: str = "separate",
+        gamma: float = 1.0,
+        fisher: str = "exact",
+        examples: int | None = 500,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"ewc.mode: got {mode!r}, allowed are {', '.join(map(repr, MODES))}.")
+        if strength < 0:
+            raise ValueError(f"ewc.strength: got {strength}, it must be at least 0 (0 is finetuning).")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"ewc.gamma: got {gamma}, it must lie in 0..1.")
+        if gamma != 1 and mode != "online":
+            raise ValueError(f"ewc.gamma: got {gamma} with mode {mode!r}, only 'online' has it: set gamma to 1.")
+        if (examples is not None and examples < 1) or batch_size < 1:
+            raise ValueError(f"ewc: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
+        check_kind(fisher, "class")
+        self.strength, self.mode, self.gamma = strength, mode, gamma
+        self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
+        self.past = Quadratic()
+
+    def wrap(self, learner: Learner) -> None:
+        """Refuse an estimate that does not exist for the learner's objective."""
+        check_kind(self.fisher, learner.objective.kind)
+
+    def before_experience(self, learner: Learner, experience: Experience) -> None:
+        """A head that has grown: its new rows are free."""
+        self.past.fit(learner.weights())
+
+    def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """The penalty, once there is a past."""
+        if self.strength == 0 or not self.past:
+            return {}
+        return {"ewc": self.past.penalty(learner.weights(), self.strength * self.gamma)}
+
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        """Add the Fisher information of what was learned."""
+        if self.strength == 0:
+            return
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "fisher", experience.index))
+        new = fisher(learner, experience.train, self.fisher, self.examples, generator, self.batch_size)
+        if self.mode == "separate":
+            self.past.add(new, learner.weights())
+        else:
+            self.past.renew(new, learner.weights(), self.gamma)

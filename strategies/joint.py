@@ -1,0 +1,18 @@
+"""Joint training: all experiences at once, the usual upper bound."""
+
+from __future__ import annotations
+
+from clplat.strategy import Session, Strategy
+from clplat.streams.data import UnionData
+from clplat.streams.experience import Stream
+
+
+class Joint(Strategy):
+    """Experience 0 trains on the union of all experiences' training sets, for as many steps as all experiences
+    together would take; the later ones train on nothing, so every row of R is the same."""
+
+    def session(self, stream: Stream, index: int, session: Session) -> Session:
+        """Everything for index 0, nothing after it."""
+        if index > 0:
+            return Session(None, 0.0)
+        return Session(UnionData([experience.train for experience in stream]), float(len(stream)))

@@ -1,0 +1,159 @@
+"""Experience replay (Ratcliff 1990; Chaudhry et al. 2019, arXiv 1902.10486)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clplat.buffers import Buffer, ClassBalanced, Grouped, Reservoir, Ring
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience, concatenate
+
+READ = 1024
+"""Examples read at once when a whole experience is offered to the buffer."""
+
+
+class Replay(Strategy):
+    """Trains on each batch together with examples of a buffer.
+
+    Args:
+        capacity: examples held in all; give either this or `capacity_per_class`. 0 is finetuning.
+        capacity_per_class: examples held of each class (policies class_balanced and ring).
+        policy: "reservoir" (a uniform sample of all), "class_balanced" (equal shares, uniform within a class) or
+            "ring" (equal shares, the latest of each class).
+        rows: replayed rows a step, null: as many as the batch has. Never more than are held.
+        rows_per_class: instead of `rows`, for policies by class: rows of every class held.
+        insert: "during" the experience, each batch after it was drawn for (Mammoth), or "after" it, the whole training
+            set at once (Avalanche). Only rows of the current experience (source 0) are offered.
+        forward: "joint" (one forward pass on all rows) or "separate" (one for each part: BatchNorm and other
+            strategies then see the two apart). Separate replaces the objective.
+        weighting: "rows" (all rows count the same) or "experiences" (1/t on the current rows and 1 - 1/t on the
+            replayed ones in experience t = 1, 2, ...; van de Ven & Tolias 2019). The latter replays nothing in the
+            first experience, where it would count 0.
+        seed: of the buffer's random numbers.
+
+    Raises:
+        ValueError: options that are not allowed, or not together.
+    """
+
+    def __init__(
+        self,
+        capacity: int | None = None,
+        capacity_per_class: int | None = None,
+        policy: str = "reservoir",
+        rows: int | None = None,
+        rows_per_class: int | None = None,
+        insert: str = "during",
+        forward: str = "joint",
+        weighting: str = "rows",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _allowed("insert", insert, ("during", "after"))
+        _allowed("forward", forward, ("joint", "separate"))
+        _allowed("weighting", weighting, ("rows", "experiences"))
+        for name, value in (("rows", rows), ("rows_per_class", rows_per_class)):
+            if value is not None and value < 1:
+                raise ValueError(f"replay.{name}: got {value}, it must be at least 1 (capacity 0 replays nothing).")
+        if rows is not None and rows_per_class is not None:
+            raise ValueError("replay: got rows and rows_per_class, only one can be: set the other one to null.")
+        self.buffer = _buffer(policy, capacity, capacity_per_class, seed)
+        if rows_per_class is not None and not isinstance(self.buffer, Grouped):
+            raise ValueError(f"replay.rows_per_class: policy {policy!r} knows no classes, use class_balanced or ring.")
+        self.rows, self.rows_per_class = rows, rows_per_class
+        self.insert, self.joint, self.weighting = insert, forward == "joint", weighting
+        off = self.buffer.capacity == 0
+        self.replaces_objective = not self.joint and not off
+        self.passes = 1.0 if off else 2.0
+        by_boundary = insert == "after" or weighting == "experiences"
+        self.needs = frozenset(
+            [*(["classes"] if isinstance(self.buffer, Grouped) else []), *(["boundaries"] if by_boundary else [])]
+        )
+        self._number = 0  # of the experience, from 1
+        self._replayed: Batch | None = None  # of the current step, with separate passes
+
+    def before_experience(self, learner: Learner, experience: Experience) -> None:
+        """Note its number."""
+        self._number = experience.index + 1
+
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """The batch and, behind it, the replayed rows; with separate passes the batch alone."""
+        replayed = self._draw(batch)
+        if self.insert == "during" and self.buffer.capacity:
+            self.buffer.insert(batch if batch.source is None else batch.rows(batch.source == 0))
+        self._replayed = None if self.joint else replayed
+        if replayed is None or not self.joint:
+            return batch
+        joined = concatenate([batch, replayed])
+        if self.weighting == "rows":
+            return joined
+        current, past = self._shares(len(batch), len(replayed))
+        share = torch.cat([batch.x.new_full((len(batch),), current), batch.x.new_full((len(replayed),), past)])
+        return replace(joined, weight=share if joined.weight is None else share * joined.weight)
+
+    def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
+        """With separate passes: the mean of the two objectives, by rows or by experiences."""
+        own = learner.objective(output.logits, batch)
+        if self._replayed is None:
+            return own
+        current, past = self._shares(len(batch), len(self._replayed))
+        other = learner.objective(learner(self._replayed).logits, self._replayed)
+        whole = len(batch) + len(self._replayed)
+        return (current * len(batch) / whole) * own + (past * len(self._replayed) / whole) * other
+
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        """Offer the whole training set to the buffer, if that is when rows are inserted."""
+        if self.insert == "after" and self.buffer.capacity:
+            for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
+                self.buffer.insert(batch.to(learner.device))
+
+    def stored_bytes(self) -> int:
+        """Bytes of the examples held."""
+        return self.buffer.stored_bytes()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The number of the experience."""
+        return {"number": self._number}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_extra_state` gave."""
+        self._number = state["number"]
+
+    def _draw(self, batch: Batch) -> Batch | None:
+        if len(self.buffer) == 0 or (self.weighting == "experiences" and self._number <= 1):
+            return None
+        if self.rows_per_class is not None and isinstance(self.buffer, Grouped):
+            return self.buffer.sample_per_group(self.rows_per_class).to(batch.x.device)
+        wanted = len(batch) if self.rows is None else self.rows
+        return self.buffer.sample(min(wanted, len(self.buffer))).to(batch.x.device)
+
+    def _shares(self, rows: int, replayed: int) -> tuple[float, float]:
+        """Weight of each current and of each replayed row; 1 on average over all rows."""
+        if self.weighting == "rows":
+            return 1.0, 1.0
+        now, whole = 1 / self._number, rows + replayed
+        return now * whole / rows, (1 - now) * whole / replayed
+
+
+def _allowed(name: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise ValueError(f"replay.{name}: got {given!r}, allowed are {' and '.join(map(repr, allowed))}.")
+
+
+def _buffer(policy: str, capacity: int | None, capacity_per_class: int | None, seed: int) -> Buffer:
+    if policy == "reservoir":
+        if capacity is None or capacity_per_class is not None:
+            raise ValueError(
+                f"replay: policy 'reservoir' needs capacity and knows no classes, got capacity={capacity}, "
+                f"capacity_per_class={capacity_per_class}: set capacity, or use policy class_balanced or ring."
+            )
+        return Reservoir(capacity, seed)
+    if policy not in ("class_balanced", "ring"):
+        raise ValueError(f"replay.policy: got {policy!r}, allowed are 'reservoir', 'class_balanced' and 'ring'.")
+    kind = ClassBalanced if policy == "class_balanced" else Ring
+    return kind(capacity, capacity_per_class, "class", seed)
