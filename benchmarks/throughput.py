@@ -135,7 +135,9 @@ def ours(setting: Setting, stream: Stream, method: str) -> tuple[float, float, f
     }
     inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
     head = partial(Head, outputs=10)
-    net = mlp(inputs, head, hidden=setting.hidden) if setting.hidden else recurrent(inputs, head, mixer=LSTM, hidden=128)
+    net = (
+        mlp(inputs, head, hidden=setting.hidden) if setting.hidden else recurrent(inputs, head, mixer=LSTM, hidden=128)
+    )
     learner = Learner(net, Classification(), strategies[method](), partial(torch.optim.Adam, lr=1e-3))
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -154,7 +156,9 @@ def ours(setting: Setting, stream: Stream, method: str) -> tuple[float, float, f
     return training / learner.steps * 1e3, scoring, (training + after) / learner.steps * 1e3
 
 
-def avalanche(setting: Setting, parts: list[TensorData], tests: list[TensorData], method: str) -> tuple[float, float, float]:
+def avalanche(
+    setting: Setting, parts: list[TensorData], tests: list[TensorData], method: str
+) -> tuple[float, float, float]:
     """As `ours`, by Avalanche on ready tensors."""
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
@@ -243,7 +247,9 @@ def measure(setting: Setting, stream: Stream, rounds: int) -> list[list[str]]:
         against = [o[0] / b[0] for o, b in zip(own[method], base, strict=True)]
         faster = [p[0] / o[0] for o, p in zip(own[method], peer[method], strict=True)]
         whole = [p[2] / o[2] for o, p in zip(own[method], peer[method], strict=True)]
-        rows.append([setting.name, f"clplat {method}", _spread(times), _spread(against), _spread(faster), _spread(whole)])
+        rows.append(
+            [setting.name, f"clplat {method}", _spread(times), _spread(against), _spread(faster), _spread(whole)]
+        )
     for method in METHODS:
         times = [p[0] for p in peer[method]]
         against = [p[0] / b[0] for p, b in zip(peer[method], base, strict=True)]
@@ -277,7 +283,9 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     stream = split(mnist(), experiences=5)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine()
+    )
     lines = [
         f"\n## Throughput, {datetime.date.today()}\n",
         f"`python benchmarks/throughput.py --rounds {given.rounds} --threads {given.threads}`; {cpu}, {given.threads} threads, "

@@ -18,6 +18,9 @@ from clplat.streams.experience import UNSCORED, Batch
 FIELDS = ("lengths", "mask", "task", "index", "x", "y")
 """What is stored of a batch. Lengths come first: what they are for older rows is read off the width of x."""
 
+KEYS = 2**40
+"""Keys of grouped buffers are below this: more rows than are ever offered, and random ones that hardly ever tie."""
+
 
 class Buffer(StateModule):
     """Base of the buffers: storage, sampling, state. A subclass decides which rows are kept, and where.
@@ -211,7 +214,7 @@ class Buffer(StateModule):
             elif name == "mask":
                 stored = _padded(stored, max(stored.shape[1], self.x.shape[1]), 0)
                 steps = torch.arange(stored.shape[1], device=stored.device)
-                valid = self.x.shape[1] if self.lengths is None else self.lengths[:, None]
+                valid = self.x.shape[1] if self.lengths is None else self.lengths[:slots, None]
                 stored = (steps < valid).expand(slots, -1).clone()
             elif name == "index":
                 stored.fill_(-1)
@@ -279,8 +282,8 @@ class Grouped(Buffer):
         self.capacity_per_group, self.by = capacity_per_group, by
         self.groups = torch.empty(0, dtype=torch.int64)
         """[groups] the groups met so far, in the order in which they came."""
-        self._group = torch.empty(0, dtype=torch.int64)  # [len] of each row held, in the order of `_filled`
-        self._key = torch.empty(0, dtype=torch.float64)  # [len]
+        # [len] place in `groups` * KEYS + key of each row held, ascending, in the order of `_filled`.
+        self._codes = torch.empty(0, dtype=torch.int64)
 
     def sample_per_group(self, count: int) -> Batch:
         """`count` examples of every group drawn at random without replacement (all of a group that has fewer).
@@ -289,41 +292,49 @@ class Grouped(Buffer):
             ValueError: nothing is held.
         """
         self._need_some()
-        key = torch.rand(len(self), generator=self._generator, dtype=torch.float64)
-        return self._read(self._filled[_lowest(self._group, key, torch.tensor(count))])
+        place = self._codes // KEYS
+        drawn = torch.randint(KEYS, (len(self),), generator=self._generator)
+        order = (place * KEYS + drawn).argsort()
+        return self._read(self._filled[order[_rank(place) < count]])
 
     def get_extra_state(self) -> dict[str, Any]:
         """Counters, groups, keys and the generator's state."""
-        own = {"groups": self.groups.clone(), "group": self._group.clone(), "key": self._key.clone()}
-        return super().get_extra_state() | own
+        return super().get_extra_state() | {"groups": self.groups.clone(), "codes": self._codes.clone()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what `get_extra_state` gave."""
         super().set_extra_state(state)
-        self.groups, self._group, self._key = (state[n].cpu().clone() for n in ("groups", "group", "key"))
+        self.groups, self._codes = state["groups"].cpu().clone(), state["codes"].cpu().clone()
 
     def _keys(self, count: int) -> Tensor:
-        """[count] the keys of the next rows, float64."""
+        """[count] the keys of the next rows, in 0..KEYS - 1."""
         raise TypeError(f"{type(self).__name__} does not define _keys(count).")
 
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        labels = self._labels(batch)
+        offered = self._places(self._labels(batch)) * KEYS + self._keys(len(batch))
+        codes, order = torch.cat([self._codes, offered]).sort(stable=True)
+        place = codes // KEYS
+        kept = _rank(place) < self._shares()[place]
+        codes, order, held = codes[kept], order[kept], len(self._filled)
+        stay = order < held
+        slots = torch.empty_like(order)
+        slots[stay] = self._filled[order[stay]]
+        # Among as many slots as rows are kept, at least one is free for each row that enters.
+        free = torch.ones(max(len(order), int(self._filled.max()) + 1 if held else 0), dtype=torch.bool)
+        free[slots[stay]] = False
+        slots[~stay] = free.nonzero().squeeze(1)[: len(order) - int(stay.sum())]
+        self._filled, self._codes = slots, codes
+        return order[~stay] - held, slots[~stay]
+
+    def _places(self, labels: Tensor) -> Tensor:
+        """[B] the place of each label among the groups; new ones are added."""
         new = labels[~torch.isin(labels, self.groups)]
         if len(new):
-            values, place = new.unique(return_inverse=True)
-            first = torch.full_like(values, len(new)).scatter_reduce_(0, place, torch.arange(len(new)), "amin")
+            values, at = new.unique(return_inverse=True)
+            first = torch.full_like(values, len(new)).scatter_reduce_(0, at, torch.arange(len(new)), "amin")
             self.groups = torch.cat([self.groups, values[first.argsort()]])
-        group, key = torch.cat([self._group, labels]), torch.cat([self._key, self._keys(len(batch))])
-        kept = _lowest(group, key, self._shares(group))
-        held = len(self._filled)
-        stay, enter = kept[kept < held], kept[kept >= held]
-        # Among the first slots, as many as rows are kept, at least one for each row that enters is free.
-        free = torch.ones(max(len(kept), int(self._filled.max()) + 1 if held else 0), dtype=torch.bool)
-        free[self._filled[stay]] = False
-        slots = free.nonzero().squeeze(1)[: len(enter)]
-        self._filled = torch.cat([self._filled[stay], slots])
-        self._group, self._key = group[kept], key[kept]
-        return enter - held, slots
+        known, order = self.groups.sort()
+        return order[torch.searchsorted(known, labels)]
 
     def _labels(self, batch: Batch) -> Tensor:
         if self.by == "all":
@@ -336,13 +347,12 @@ class Grouped(Buffer):
             )
         return labels.cpu()
 
-    def _shares(self, group: Tensor) -> Tensor:
-        """[len] rows that the group of each row may keep, or one number."""
+    def _shares(self) -> Tensor:
+        """[groups] rows that each group may keep."""
+        place = torch.arange(len(self.groups))
         if self.capacity_per_group is not None:
-            return torch.tensor(self.capacity_per_group)
+            return torch.full_like(place, self.capacity_per_group)
         share, left = divmod(self.capacity, len(self.groups))
-        order = self.groups.argsort()
-        place = order[torch.searchsorted(self.groups[order], group)]
         return share + (place < left).long()
 
 
@@ -354,7 +364,7 @@ class ClassBalanced(Grouped):
     """
 
     def _keys(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+        return torch.randint(KEYS, (count,), generator=self._generator)
 
 
 class Ring(Grouped):
@@ -362,7 +372,7 @@ class Ring(Grouped):
     (Lopez-Paz & Ranzato 2017, by task there) and of tiny episodic memories (Chaudhry et al. 2019, by class)."""
 
     def _keys(self, count: int) -> Tensor:
-        return -(torch.arange(count, dtype=torch.float64) + self.seen)
+        return KEYS - 1 - self.seen - torch.arange(count)
 
 
 def _extra(name: str) -> str:
@@ -381,11 +391,7 @@ def _padded(values: Tensor, steps: int, fill: int) -> Tensor:
     )
 
 
-def _lowest(group: Tensor, key: Tensor, share: Tensor) -> Tensor:
-    """The rows whose key is among the `share` lowest of their group, ascending; share: a number, or [len] by row."""
-    order = key.argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    _, counts = group[order].unique_consecutive(return_counts=True)
-    start = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.arange(len(group)) - start
-    return order[rank < (share if share.ndim == 0 else share[order])].sort().values
+def _rank(place: Tensor) -> Tensor:
+    """[len] the number of each row within its group, from 0; `place` is ascending."""
+    counts = place.bincount()
+    return torch.arange(len(place)) - (counts.cumsum(0) - counts)[place]

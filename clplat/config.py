@@ -30,9 +30,9 @@ class ConfigError(UserError, ValueError):
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """A hint at what may have been meant: "; did you mean 'x'?", or nothing."""
+    """A hint at what may have been meant, the end of a sentence: "; did you mean 'x'?", or "."."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def check(cfg: DictConfig) -> None:
@@ -42,11 +42,18 @@ def check(cfg: DictConfig) -> None:
         ConfigError: names the key, what was given, what is allowed.
     """
     _known("", cfg, ROOT)
+    for key in ROOT:
+        if key not in cfg and key not in ("experiment", "strategy"):  # the first is merged into the other keys
+            raise ConfigError(
+                f"{key}: it was taken out and has no default: leave it in (conf/train.yaml has its value)."
+            )
     for key, kind in (("seed", int), ("progress", bool), ("debug", bool), ("output_dir", str)):
         _fits(key, cfg[key], kind)
     _fits("threads", cfg.threads, int | None)
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
     _known("learner", cfg.learner, LEARNER)
-    if not cfg.strategy:
+    if not cfg.get("strategy"):
         raise ConfigError("strategy: got none, give at least one (strategy=finetune is the plain one).")
     for path, node in _nodes("", cfg):
         if "_target_" in node:
@@ -94,11 +101,11 @@ def _check_call(path: str, node: DictConfig) -> None:
 
 
 def _known(path: str, node: DictConfig, allowed: Iterable[str]) -> None:
-    for key in node:
+    for key in map(str, node):
         if key not in allowed:
             offered = sorted(a for a in allowed if a not in _HYDRA)
             raise ConfigError(
-                f"{_join(path, key)}: unknown key{nearest(str(key), offered)} Allowed here: {', '.join(offered) or 'none'}."
+                f"{_join(path, key)}: unknown key{nearest(key, offered)} Allowed here: {', '.join(offered) or 'none'}."
             )
 
 

@@ -107,7 +107,7 @@ class Outbox:
     def keep(self) -> None:
         """Write all that is not sent yet to the spill file, in one step; remove the file if that is nothing.
 
-        A full disk is no reason to stop: the store may be back first.
+        A full disk, or a job that json cannot hold, is no reason to stop: the store may be back first.
         """
         with self._file:
             path = self.folder / SPILL
@@ -124,7 +124,7 @@ class Outbox:
                     part.replace(path)
                 else:
                     path.unlink(missing_ok=True)
-            except OSError as error:
+            except (OSError, TypeError, ValueError) as error:
                 log.warning("Could not write %s: %s", path, error)
 
     def load(self, lines: list[dict[str, Any]]) -> None:

@@ -45,7 +45,7 @@ class _Quadratic(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]  # one output
         return None, None, None, *_foreach_mul(ctx.saved_tensors, grad * ctx.strength)
 
 
@@ -94,6 +94,7 @@ class Quadratic(StateModule):
                     anchor[name] = _grown(anchor[name], weight, name)
             self._join(importance, anchor)
 
+    @torch.no_grad()
     def add(self, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
         """Add sum of importance * (theta - anchor)^2, by completing the square: nothing is approximated."""
         self.fit(importance)
@@ -111,6 +112,7 @@ class Quadratic(StateModule):
         self._join(old, center)
         self.constant = torch.stack(extra).sum() if extra else None
 
+    @torch.no_grad()
     def renew(self, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor], decay: float = 1.0) -> None:
         """Importance becomes decay * old + `importance`, and the only anchor is `anchor`."""
         self.fit(importance)
@@ -136,7 +138,7 @@ class Quadratic(StateModule):
 
     def get_extra_state(self) -> dict[str, list[int]]:
         """The parameters' names and shapes, in order."""
-        return self._shapes
+        return dict(self._shapes)
 
     def set_extra_state(self, state: dict[str, list[int]]) -> None:
         """Take what `get_extra_state` gave."""

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from clplat.lightning import pl
 from clplat.learners.learner import Learner
+from clplat.lightning import pl
 
 
 class Progress(pl.Callback):

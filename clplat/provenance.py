@@ -19,7 +19,7 @@ def tags() -> dict[str, str]:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container without a password file
         user = "unknown"
-    commit = git("rev-parse", "HEAD")
+    commit = git("rev-parse", "HEAD") or own_commit()
     shown = {
         "mlflow.user": user,
         "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:1000],
@@ -31,12 +31,13 @@ def tags() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Command line, commit of the working directory and the files changed since, versions of what matters most."""
+    """Command line, commits of the working directory (with files changed since) and of clplat, versions of the rest."""
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": sys.argv,
         "git_commit": git("rev-parse", "HEAD"),
         "git_changes": None if changes is None else changes.splitlines(),
+        "clplat_commit": own_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in SHOWN},
@@ -47,6 +48,13 @@ def installed() -> str:
     """Every installed package with its version, in the form of a requirements file."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower))
+
+
+def own_commit() -> str | None:
+    """The commit of clplat's own code where it runs from a checkout; None where it was installed."""
+    here = Path(__file__).resolve()
+    tracked = git("-C", str(here.parent), "ls-files", "--error-unmatch", here.name)
+    return None if tracked is None else git("-C", str(here.parent), "rev-parse", "HEAD")
 
 
 def version(package: str) -> str:

@@ -148,10 +148,12 @@ def print_run(
     from rich.console import Console
 
     console = console or Console()
-    title = f"{names.strategy} · {names.learner} · {names.stream}: " if names is not None else ""
     console.print()
+    if names is not None:
+        console.print(f"[bold]{names.strategy} · {names.learner} · {names.stream}[/]", highlight=False)
     if results.experiences <= 20:
-        console.print(_matrix(results, f"{title}{_words(results.score)} after training on (rows), tested on (columns)"))
+        console.print(f"{_words(results.score)} after training on (rows), tested on (columns)", highlight=False)
+        console.print(_matrix(results))
     console.print(_summary(results, seen))
     if where:
         console.print(f"curves: {where}", soft_wrap=True, highlight=False)
@@ -174,26 +176,45 @@ def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> N
     console = console or Console()
     for score in dict.fromkeys(run.score for run in runs):
         rows = group([run for run in runs if run.score == score])
-        members = [run for _, group_ in rows for run in group_]
-        shown = [m for m in COLUMNS if any(not math.isnan(run.metrics.get(m, math.nan)) for run in members)]
-        masked = any(run.seen for run in members)
-        table = Table(title=f"{len(members)} runs, mean ± std over seeds", title_justify="left", box=_box())
-        for key in rows[0][0]:
-            table.add_column(key)
-        for metric in shown:
-            table.add_column(COLUMNS[metric].format(score=_words(score)), justify="right")
-            if metric == "average" and masked:
-                table.add_column(f"average {_words(score)}, seen classes", justify="right")
-        table.add_column("seeds", justify="right")
-        for key, members in rows:
-            cells = []
-            for metric in shown:
-                cells.append(mean_and_spread([run.metrics.get(metric, math.nan) for run in members]))
-                if metric == "average" and masked:
-                    cells.append(mean_and_spread([run.seen.get(metric, math.nan) for run in members]))
-            table.add_row(*key.values(), *cells, str(len(members)))
-        console.print()
+        count = sum(len(members) for _, members in rows)
+        columns: dict[str, list[str]] = {key: [described[key] for described, _ in rows] for key in rows[0][0]}
+        for metric, heading in COLUMNS.items():
+            cells = [mean_and_spread([run.metrics.get(metric, math.nan) for run in members]) for _, members in rows]
+            columns |= {heading.format(score=_words(score)): cells}
+            if metric == "average" and any(run.seen for _, members in rows for run in members):
+                cells = [mean_and_spread([run.seen.get(metric, math.nan) for run in members]) for _, members in rows]
+                columns |= {"seen classes only": cells}
+        columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
+        columns |= {"seeds": [str(len(members)) for _, members in rows]}
+        dropped = _fit(columns, console.width)
+        table = Table(box=_box(), pad_edge=False, collapse_padding=True)
+        for heading, cells in columns.items():
+            table.add_column(
+                heading, justify="left" if heading in rows[0][0] else "right", min_width=_width(heading, cells)
+            )
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
+        console.print(f"\n{count} {'run' if count == 1 else 'runs'}, mean ± std over seeds", highlight=False)
         console.print(table)
+        if dropped:
+            console.print(f"left out for want of room: {', '.join(dropped)}", highlight=False)
+
+
+def _fit(columns: dict[str, list[str]], width: int) -> list[str]:
+    # Takes columns out until the table fits, those that the others tell the most about first.
+    dropped = []
+    for name in ("average_incremental", "forward_transfer", "worst_case", "minimum", "backward_transfer"):
+        if sum(_width(heading, cells) + 2 for heading, cells in columns.items()) <= width:
+            break
+        start = COLUMNS[name].partition("{")[0]
+        for heading in [h for h in columns if start and h.startswith(start)]:
+            del columns[heading]
+            dropped.append(heading)
+    return dropped
+
+
+def _width(heading: str, cells: Sequence[str]) -> int:
+    return max(len(part) for part in [*heading.split(), *cells])
 
 
 def group(runs: Sequence[RunSummary]) -> list[tuple[dict[str, str], list[RunSummary]]]:
@@ -275,10 +296,10 @@ def _config(path: Path) -> dict[str, str]:
     return flat
 
 
-def _matrix(results: ScoreTable, title: str) -> Table:
+def _matrix(results: ScoreTable) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=_box())
+    table = Table(box=_box())
     table.add_column("")
     for j in range(results.experiences):
         table.add_column(str(j), justify="right")
@@ -308,12 +329,12 @@ def _summary(results: ScoreTable, seen: ScoreTable | None) -> Table:
         table.add_column("seen classes", justify="right")
     for name, heading in COLUMNS.items():
         if not math.isnan(metrics[name]):
-            cells = [f"{metrics[name]:.4f}"] + ([mean_or_dash(masked[name])] if second else [])
+            cells = [f"{metrics[name]:.4f}"] + ([_number(masked[name])] if second else [])
             table.add_row(heading.format(score=_words(results.score)), *cells)
     return table
 
 
-def mean_or_dash(value: float) -> str:
+def _number(value: float) -> str:
     """A number for a cell, "-" if it is undefined."""
     return "-" if math.isnan(value) else f"{value:.4f}"
 

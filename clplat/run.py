@@ -49,10 +49,11 @@ class Silent:
 
     Args:
         folder: the run's local folder; not used.
+        experiment: not used, so that `tracking=none` goes with a configuration that names one.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, experiment: str = "") -> None:
+        self.folder, self.experiment = folder, experiment
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Nothing."""
@@ -225,6 +226,7 @@ class Run:
             NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is from before it.
         """
         stream, learner = self.stream, self.learner
+        learner.to(self.trainer.strategy.root_device)
         if self._random is None:
             learner.begin(stream[0])
             self.save()
@@ -241,6 +243,8 @@ class Run:
         started = time.perf_counter()
         session = learner.strategy.session(stream, self.experience, Session(experience.train))
         length = self.training.length(session)
+        for covered in session.covers:
+            learner.shape_for(covered)
         learner.enter(experience)
         if session.data is not None and self.step < length:
             self._fit(session, length)

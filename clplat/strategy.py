@@ -42,10 +42,12 @@ class Session:
     Attributes:
         data: the training set; None to train on nothing.
         share: how many experiences' worth of optimiser steps are spent on it.
+        covers: experiences besides the current one whose classes occur in it, so that the head makes room for them.
     """
 
     data: Data | None
     share: float = 1.0
+    covers: tuple[Experience, ...] = ()
 
 
 class Strategy(StateModule):

@@ -14,10 +14,10 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table of all runs of the sweep that finished."""
-        from clplat import charts_view, report
+        from clplat import report
 
         folder = Path(config.hydra.sweep.dir)
         runs = [report.read_run(f) for f in sorted(folder.rglob("result.json"))]
         if runs:
             report.print_sweep(runs)
-            print(f"Runs: {folder}")
+            print(f"curves: {next(folder.rglob('where.txt')).read_text()}runs:   {folder}")

@@ -172,10 +172,10 @@ class Tracker:
         """
         if not self._active:
             return
-        now = int(time.time() * 1000)
+        now, at = int(time.time() * 1000), int(step)
         for key, value in metrics.items():
             try:
-                self._outbox.values.append((key, float(value), step, now))
+                self._outbox.values.append((key, float(value), at, now))
             except (TypeError, ValueError):
                 log.warning("Not logged: %s = %r is not a number.", key, value)
 
@@ -315,8 +315,10 @@ class Tracker:
                 "train": sum(len(experience.train) for experience in stream),
                 "test": sum(len(experience.test) for experience in stream),
             }
-            digest = hashlib.sha256(f"{source}{sizes}".encode()).hexdigest()[:16]
-            self.log_inputs([DataInput(stream.name, digest, source, size, part) for part, size in sizes.items()])
+            for part, size in sizes.items():
+                # The part is in the digest, because MLflow shows data of one name and digest only once.
+                digest = hashlib.sha256(f"{part} {size} {source}".encode()).hexdigest()[:16]
+                self.log_inputs([DataInput(stream.name, digest, source, size, part)])
 
     def _ensure_charts_view(self, results: ScoreTable) -> None:
         fields = {"experiment_id": self.experiment_id, "score": results.score, "experiences": results.experiences}
@@ -400,8 +402,9 @@ class MlflowRun:
         try:
             batch = [Metric(metric_key(key), value, at, step) for key, value, step, at in values]
             self.client.log_batch(self.run_id, metrics=batch)
-        except MlflowException as error:
-            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+        except (MlflowException, TypeError, OverflowError) as error:
+            refused = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+            if isinstance(error, MlflowException) and error.error_code not in refused:
                 raise
             if len(values) == 1:
                 log.warning("MLflow refused %s: %s", values[0][0], _first_line(error))

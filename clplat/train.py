@@ -96,9 +96,12 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
     if state is not None:
         run.resume(state)
     notes["run_id"] = tracker.start(names, plain, stream, run_id=notes["run_id"] or None)
+    if names.sweep is None:
+        _announce(cfg, names, run, folder)
     try:
         results = run.go()
         summary = report.summarise(names, cfg.seed, results, run.seen_results)
+        (folder / "where.txt").write_text(tracker.where() + "\n")
         (folder / "result.json").write_text(json.dumps(summary, indent=1))
         tracker.finish(results, run.seen_results)
         tracker.log_checkpoint(folder / "last.ckpt")
@@ -106,13 +109,18 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
         tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
         raise
     tracker.close("FINISHED")
-    report.print_run(results, run.seen_results, names, tracker.where())
+    if names.sweep is None:
+        report.print_run(results, run.seen_results, names, tracker.where())
+    else:
+        shown = ", ".join(f"{name} {summary['metrics'][name]:.3f}" for name in ("average", "forgetting"))
+        print(f"{names.strategy}, seed {cfg.seed}: {shown}")
     return summary["metrics"]
 
 
 def build_learner(cfg: DictConfig, stream: Any) -> Any:
     """The learner that `cfg.learner`, `.objective`, `.optimizer`, `.schedule` and `.strategy` describe, for a stream."""
     from clplat.learners.learner import Learner
+    from clplat.learners.mixers.mixer import Mixer
     from clplat.learners.nets import heads
     from clplat.learners.nets.net import Inputs
     from clplat.strategy import Composite
@@ -143,14 +151,38 @@ def build_learner(cfg: DictConfig, stream: Any) -> Any:
     if isinstance(objective, partial):
         objective = objective(stream.target)
     parts = {name: instantiate(part) for name, part in cfg.strategy.items()}
+    built = net(inputs, makers[kind])
+    if stream.target == "token" and any(isinstance(m, Mixer) and not m.causal for m in built.modules()):
+        raise ConfigError("learner.net.causal=false sees the next token, which is the target: set it to true.")
     return Learner(
-        net=net(inputs, makers[kind]),
+        net=built,
         objective=objective,
         strategy=next(iter(parts.values())) if len(parts) == 1 else Composite(parts),
         optimizer=instantiate(cfg.optimizer),
         schedule=instantiate(cfg.schedule),
         **options,
     )
+
+
+def _announce(cfg: DictConfig, names: Names, run: Any, folder: Path) -> None:
+    """Say what is about to be done."""
+    from clplat.strategy import Session
+
+    stream, learner, training = run.stream, run.learner, run.training
+    weights = sum(p.numel() for p in learner.weights().values())
+    examples = [len(e.train) for e in stream]
+    steps = [training.length(Session(e.train)) for e in stream]
+    print(f"{names.strategy} · {names.learner} · {names.stream}, seed {cfg.seed}" + (", resumed" if cfg.resume else ""))
+    print(
+        f"{len(stream)} experiences ({stream.scenario.replace('_', '-')}) of {_range(examples)} training examples; "
+        f"{weights:,} weights; {_range(steps)} steps of batch {training.batch_size} an experience, on {cfg.trainer.accelerator}"
+    )
+    print(f"folder: {folder}", flush=True)
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 @contextmanager
@@ -179,7 +211,10 @@ def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:
             f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
             "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
         )
-    for key, instead in (("gradient_clip_val", "learner.clip_norm"), ("accumulate_grad_batches", "training.batch_size")):
+    for key, instead in (
+        ("gradient_clip_val", "learner.clip_norm"),
+        ("accumulate_grad_batches", "training.batch_size"),
+    ):
         if cfg.trainer.get(key) is not None:
             raise ConfigError(f"trainer.{key}: the learner takes its own optimiser steps; set {instead} instead.")
     more = list(instantiate(cfg.trainer.get("callbacks")) or [])

@@ -83,12 +83,12 @@ class EWC(Strategy):
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """The penalty, once there is a past."""
-        if self.strength == 0 or not self.past:
+        if not self.past:
             return {}
         return {"ewc": self.past.penalty(learner.weights(), self.strength * self.gamma)}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Add the Fisher information of what was learned."""
+        """Add the Fisher information of what was learned; nothing at strength 0."""
         if self.strength == 0:
             return
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "fisher", experience.index))

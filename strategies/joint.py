@@ -15,4 +15,4 @@ class Joint(Strategy):
         """Everything for index 0, nothing after it."""
         if index > 0:
             return Session(None, 0.0)
-        return Session(UnionData([experience.train for experience in stream]), float(len(stream)))
+        return Session(UnionData([e.train for e in stream]), float(len(stream)), stream.experiences)

@@ -134,7 +134,7 @@ def test_forgetting_curves_are_there_at_once(ui, tmp_path):
         browser.set_window_size(1640, 1330)  # charts below the fold are only drawn in a tall window
         browser.execute_script(TIDY)
         time.sleep(2)
-        picture = Path(os.environ.get("CLPLAT_SCREENSHOT", tmp_path / "charts.png"))
+        picture = Path(os.environ.get("CLPLAT_SCREENSHOT") or tmp_path / "charts.png")
         browser.save_screenshot(str(picture))
         (tmp_path / "page.html").write_text(browser.page_source)
         assert not missing, f"not on the page: {missing}; see {picture}"

@@ -174,6 +174,7 @@ def test_what_was_not_evaluated_does_not_count_as_zero():
     assert metrics.forgetting(r) == pytest.approx(metrics.forgetting(HAND))
     assert metrics.average_incremental_accuracy(r) == pytest.approx(metrics.average_incremental_accuracy(HAND))
     assert math.isnan(metrics.forward_transfer(r, BASELINE))
+    assert metrics.forgetting(r - 1) == pytest.approx(metrics.forgetting(HAND)), "scores may be negative"
     r[3, 0] = NAN
     assert math.isnan(metrics.average_accuracy(r))
     assert math.isnan(metrics.forgetting(r))
@@ -267,7 +268,9 @@ def test_R_and_the_baseline_come_from_the_right_rows():
     assert table.has_between
     assert table.seen == 1
     assert table.baseline.tolist() == [0.1, 0.2]
+    table.append([0.7, 0.8], 1, 3, final=False)
     assert table.R[0].tolist() == [0.5, 0.6]
+    assert table.R[1].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification, objective_for
 from clplat.run import Evaluation, Run, Training
 from clplat.strategies.ewc import EWC
+from clplat.strategies.joint import Joint
 from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import TensorData
@@ -172,6 +173,16 @@ def test_schedule_starts_anew_and_clipping_bounds_the_step(trainer):
     learner = tiny_learner(stream, Watch(), schedule=lambda steps: lambda i: 1 - i / steps, clip_norm=0.01)
     Run(stream, learner, trainer(), Training(batch_size=16, steps=4)).go()
     assert rates == pytest.approx([1e-2 * f for f in (1, 0.75, 0.5, 0.25)] * 2)
+
+
+@pytest.mark.parametrize("options", [{"head": GrowingHead}, {"logit_mask": "seen"}])
+def test_joint_training_makes_room_for_all_classes(trainer, options):
+    stream = tiny_stream()
+    learner = tiny_learner(stream, Joint(), **options)
+    table = Run(stream, learner, trainer(), Training(batch_size=16, epochs=4)).go()
+    assert learner.steps == 4 * math.ceil(210 / 16)
+    assert torch.equal(table.R[0], table.R[2])
+    assert (table.R[0] > table.baseline).all()
 
 
 class Killed(BaseException):

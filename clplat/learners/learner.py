@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from clplat.errors import UserError
@@ -144,7 +143,7 @@ class Learner(pl.LightningModule):
         self.optimizer = self.make_optimizer(self.strategy.parameter_groups(groups))
         self._rates = [g["lr"] for g in self.optimizer.param_groups]
         if self.resume_optimizer is not None:
-            self.optimizer.load_state_dict(_grown(self.resume_optimizer, self.optimizer))
+            self.optimizer.load_state_dict(self.resume_optimizer)
             self.resume_optimizer = None
         return self.optimizer
 
@@ -236,18 +235,3 @@ class Learner(pl.LightningModule):
 def unchanged(step: int) -> float:
     """The factor of a constant learning rate."""
     return 1.0
-
-
-def _grown(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    # Moments of parameters that gained rows since (a growing head) start at zero in the new rows.
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    entries = {}
-    for number, entry in state["state"].items():
-        shape = parameters[number].shape
-        entries[number] = {
-            k: F.pad(v, [0, 0] * (v.ndim - 1) + [0, shape[0] - v.shape[0]])
-            if torch.is_tensor(v) and v.ndim == len(shape) > 0 and v.shape[0] < shape[0]
-            else v
-            for k, v in entry.items()
-        }
-    return {**state, "state": entries}

@@ -46,9 +46,9 @@ class Objective:
 
     def scored(self, batch: Batch) -> Tensor | None:
         """[B, T] bool, True where a step is scored; None: everywhere (or there is no time axis)."""
-        if batch.y.ndim == 1 or (batch.y.ndim == 2 and batch.y.shape[1] != batch.x.shape[1]):
+        if batch.y.ndim < 3:  # one target a sequence
             return None
-        return batch.mask if batch.mask is not None else batch.valid()
+        return _within(batch)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """The scalar to minimise: the weighted mean of the losses of a batch."""
@@ -101,25 +101,21 @@ class Tagging(Objective):
 
     kind = "tag"
 
-    def scored(self, batch: Batch) -> Tensor | None:
+    def scored(self, batch: Batch) -> Tensor:
         """[B, T] bool: within the lengths and the mask, and not `UNSCORED`."""
-        scored = batch.y != UNSCORED
-        within = batch.mask if batch.mask is not None else batch.valid()
+        scored, within = batch.y != UNSCORED, _within(batch)
         return scored if within is None else scored & within
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy [B, T], 0 on unscored steps."""
-        scored = self.scored(batch)
-        y = batch.y if scored is None else batch.y.masked_fill(~scored, UNSCORED)
+        y = batch.y.masked_fill(~self.scored(batch), UNSCORED)
+        logits = _zeroed(logits, _within(batch))
         return F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=UNSCORED)
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Number of correct scored steps and of scored steps."""
         scored = self.scored(batch)
-        correct = logits.argmax(-1) == batch.y
-        return (correct if scored is None else correct & scored).sum(), (
-            torch.tensor(batch.y.numel()) if scored is None else scored.sum()
-        )
+        return ((logits.argmax(-1) == batch.y) & scored).sum(), scored.sum()
 
 
 class NextToken(Tagging):
@@ -134,9 +130,7 @@ class NextToken(Tagging):
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Bits of all scored steps, and their number."""
-        scored = self.scored(batch)
-        count = torch.tensor(batch.y.numel()) if scored is None else scored.sum()
-        return self.losses(logits, batch).sum() / math.log(2), count
+        return self.losses(logits, batch).sum() / math.log(2), self.scored(batch).sum()
 
 
 class Bits(Objective):
@@ -147,9 +141,9 @@ class Bits(Objective):
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Binary cross-entropy [B, T], summed over O; 0 on unscored steps."""
-        return _masked(
-            F.binary_cross_entropy_with_logits(logits, batch.y, reduction="none").sum(-1), self.scored(batch)
-        )
+        scored = self.scored(batch)
+        logits, y = _zeroed(logits, scored), _zeroed(batch.y, scored)
+        return _zeroed(F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(-1), scored)
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Number of correct bits and of scored bits."""
@@ -170,12 +164,8 @@ class Regression(Objective):
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Half the squared error summed over O: [B], or [B, T] with 0 on unscored steps."""
-        losses = 0.5 * (logits - batch.y).square().sum(-1)
-        return losses if losses.ndim == 1 else _masked(losses, self.scored(batch))
-
-    def scored(self, batch: Batch) -> Tensor | None:
-        """[B, T] bool for [B, T, O] targets, else None."""
-        return super().scored(batch) if batch.y.ndim == 3 else None
+        scored = self.scored(batch)
+        return 0.5 * (_zeroed(logits, scored) - _zeroed(batch.y, scored)).square().sum(-1)
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of squared errors and the number of scored values."""
@@ -184,9 +174,19 @@ class Regression(Objective):
         return 2 * self.losses(logits, batch).sum(), steps * batch.y.shape[-1]
 
 
-def _masked(losses: Tensor, scored: Tensor | None) -> Tensor:
-    # torch.where, not a product: an infinite loss on padding must not become NaN.
-    return losses if scored is None else torch.where(scored, losses, torch.zeros_like(losses))
+def _within(batch: Batch) -> Tensor | None:
+    valid = batch.valid()
+    if batch.mask is None or valid is None:
+        return valid if batch.mask is None else batch.mask
+    return batch.mask & valid
+
+
+def _zeroed(values: Tensor, scored: Tensor | None) -> Tensor:
+    # [B, T] or [B, T, O], 0 where nothing is scored. On padding there may be anything, and the gradient of an infinite
+    # or undefined loss would be NaN even where a factor 0 follows: so what goes into the loss is replaced, by a choice.
+    if scored is None:
+        return values
+    return values.masked_fill(~(scored if values.ndim == 2 else scored[..., None]), 0)
 
 
 def objective_for(target: Target) -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from clplat.learners.learner import Schedule, unchanged
 
@@ -48,5 +49,12 @@ def steps_down(steps: int, at: list[float], factor: float = 0.1) -> Schedule:
         steps: optimiser steps of the experience.
         at: fractions of the experience, 0 to 1.
         factor: of each drop.
+
+    Raises:
+        ValueError: a fraction outside 0..1, or a factor that is not above 0.
     """
+    if not isinstance(at, Iterable) or not all(0 <= a <= 1 for a in at):
+        raise ValueError(f"schedule.at: got {at}, it must be a list of fractions in 0..1.")
+    if not factor > 0:
+        raise ValueError(f"schedule.factor: got {factor}, it must be above 0.")
     return lambda step: factor ** sum(step >= a * steps for a in at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,7 @@ def mlp(
     hidden: Sequence[int] = (400, 400),
     dropout: float = 0.0,
     embedding: int = 32,
+    init: Literal["torch", "xavier"] = "torch",
 ) -> Net:
     """An MLP on the flattened input.
 
@@ -85,10 +87,14 @@ def mlp(
         hidden: H of each layer, in order; each layer is one block of the net. Empty: the head on the raw input.
         dropout: after every layer, in 0..1 without 1.
         embedding: width of the token embedding. Not read for float inputs.
+        init: "torch" for torch's own of linear layers, or "xavier": uniform (Glorot & Bengio 2010) with zero biases,
+            as in the DER paper's experiments (Buzzega et al. 2020).
 
     Raises:
-        ValueError: a target at every step; sequences of different lengths; dropout outside 0..1.
+        ValueError: a target at every step; sequences of different lengths; dropout outside 0..1; another init.
     """
+    if init not in ("torch", "xavier"):
+        raise ValueError(f"init: got {init!r}, allowed are 'torch' and 'xavier'.")
     if inputs.per_step:
         raise ValueError(
             "An MLP gives one answer a sequence, and this stream has a target at every step: "
@@ -112,4 +118,10 @@ def mlp(
     for size in hidden:
         blocks.append(DenseBlock(width, size, dropout))
         width = size
-    return Net(flatten, blocks, head(width))
+    net = Net(flatten, blocks, head(width))
+    if init == "xavier":
+        for module in net.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+    return net
