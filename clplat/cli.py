@@ -222,7 +222,8 @@ def _prepared(arguments: Sequence[str]) -> list[str]:
         key, equals, _ = argument.partition("=")
         dotted = "." in key and key[0].isalpha() and not key.startswith("hydra") and "@" not in key and "/" not in key
         prepared.append(f"++{argument}" if equals and dotted else argument)
-    prepared.sort(key=lambda a: not a.startswith("-"))  # Hydra wants its flags first
+    # Hydra wants its flags, with their values, before the overrides.
+    prepared.sort(key=lambda a: not a.startswith("-") and ("=" in a or a.startswith("~")))
     given = [a.removeprefix("resume=") for a in prepared if a.startswith("resume=") and a != "resume=null"]
     if given:
         output = next((a.removeprefix("output_dir=") for a in prepared if a.startswith("output_dir=")), "runs")

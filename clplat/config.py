@@ -50,6 +50,8 @@ def check(cfg: DictConfig) -> None:
     for key, kind in (("seed", int), ("progress", bool), ("debug", bool), ("output_dir", str)):
         _fits(key, cfg[key], kind)
     _fits("threads", cfg.threads, int | None)
+    if cfg.threads is not None and cfg.threads < 1:
+        raise ConfigError(f"threads: got {cfg.threads}, it must be at least 1, or null for torch's choice.")
     if not 0 <= cfg.seed < 2**32:
         raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
     _known("learner", cfg.learner, LEARNER)

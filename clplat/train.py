@@ -17,6 +17,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from clplat.config import ConfigError, check, differences
 from clplat.errors import UserError
@@ -90,6 +91,11 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
             cfg, tracker, [Progress(f"{names.strategy}, seed {cfg.seed}", len(stream))] if cfg.progress else []
         )
     notes = {"config": plain, "names": vars(names), "run_id": None if state is None else state["notes"]["run_id"]}
+    with _refusing("optimizer"):
+        learner.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+    with _refusing("schedule"):
+        learner.plan(1, 0)
+        learner.schedule_factor()
     with _refusing("run"):
         training, evaluation = instantiate(cfg.training), instantiate(cfg.evaluation)
         run = Run(stream, learner, trainer, training, evaluation, tracker, folder, notes)
@@ -198,7 +204,7 @@ def _refusing(part: str) -> Iterator[None]:
             raise cause from error
         where = re.search(r"full_key: (\S+)", str(error))
         raise ConfigError(f"{where[1] if where else part}: {str(cause).splitlines()[0]}") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{part}: {str(error).splitlines()[0]}") from error
 
 

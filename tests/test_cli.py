@@ -65,6 +65,12 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["optimizer.lr=fast"], "optimizer.lr: got 'fast', expected a number"),
         (["training.epochs=0"], "training.epochs: got 0, it must be at least 1"),
         (["training.epochs=2.5"], "training.epochs: got 2.5, expected a whole number or null"),
+        (["optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["optimizer.betas=3"], "optimizer: "),
+        (["optimizer.betas=[0.9]"], "optimizer: "),
+        (["schedule=warmup_cosine", "schedule.warmup=2"], "schedule.warmup: got 2"),
+        (["schedule=steps_down", "schedule.at=0.5"], "schedule"),
+        (["threads=0"], "threads: got 0"),
         (["training.steps=5"], "give either epochs or steps"),
         (["seed=one"], "seed: got 'one', expected a whole number"),
         (["learner.head=task"], "learner.head=task needs a task-incremental stream"),
@@ -191,10 +197,12 @@ class Counting(Strategy):
 def test_a_strategy_from_the_users_own_package(tmp_path):
     """As the README says, from a folder outside the repository, alone and in a list."""
     (tmp_path / "my_pkg.py").write_text(OWN)
+    out = ""
     for strategy in ("custom", "[replay,custom]"):
         command = [sys.executable, "-m", "clplat", "train", *QUICK, f"strategy={strategy}"]
         command += ["strategy.custom._target_=my_pkg.Counting", "strategy.custom.limit=4"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         (tmp_path / "reached").unlink()
-    assert "custom" in done.stdout
+        out = done.stdout
+    assert "replay+custom" in out

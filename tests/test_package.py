@@ -109,19 +109,29 @@ def test_a_folder_at_the_root_hides_no_package_of_its_name(name: str) -> None:
     assert origin == "None" or "site-packages" in Path(origin).parts
 
 
+AS_A_MODULE = """
+import runpy, sys
+# An editable install of the checkout would fill in whatever the installed package lacks.
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+runpy.run_module("clplat", run_name="__main__", alter_sys=True)
+"""
+"""What `python -m clplat` does, with nothing but what is installed."""
+
+
 def test_the_installed_package_works_in_another_folder(installed: Path, tmp_path: Path) -> None:
     code = "import clplat, clplat.cli; print(clplat.__file__)"
     where = Path(run(sys.executable, "-c", code, cwd=tmp_path, path=installed).strip())
     assert where.is_relative_to(installed)
-    listed = run(sys.executable, "-m", "clplat", "list", cwd=tmp_path, path=installed)
+    listed = run(sys.executable, "-c", AS_A_MODULE, "list", cwd=tmp_path, path=installed)
     for name in ("replay", "transformer", "split_digits", "demo"):
         assert f"  {name} " in listed
     shown = run(
-        sys.executable, "-m", "clplat", "train", "--cfg", "job", "strategy=ewc", "learner=gru",
+        sys.executable, "-c", AS_A_MODULE, "train", "--cfg", "job", "strategy=ewc", "learner=gru",
         cwd=tmp_path, path=installed,
     )  # fmt: skip
     assert "_target_: clplat.strategies.ewc.EWC" in shown
     assert "_target_: clplat.learners.mixers.gru.GRU" in shown
+    assert "clplat train" in run(sys.executable, "-m", "clplat", "--help", cwd=tmp_path, path=installed)
 
 
 def test_imports_go_one_way() -> None:

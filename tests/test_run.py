@@ -165,6 +165,7 @@ def test_schedule_starts_anew_and_clipping_bounds_the_step(trainer):
 
     class Watch(Strategy):
         def after_step(self, learner, batch, output) -> None:
+            assert learner.optimizer is not None
             rates.append(learner.optimizer.param_groups[0]["lr"])
             norm = torch.stack([p.grad.norm() for p in learner.parameters() if p.grad is not None]).norm()
             assert norm <= 0.01 + 1e-6

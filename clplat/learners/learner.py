@@ -137,6 +137,10 @@ class Learner(pl.LightningModule):
         factor = self.strategy.schedule(factor)
         self._factor, self._done = (None if factor is unchanged else factor), start
 
+    def schedule_factor(self) -> float:
+        """The learning rate's factor at the next step of the planned experience."""
+        return 1.0 if self._factor is None else self._factor(self._done)
+
     def configure_optimizers(self) -> Optimizer:
         """The optimiser of this experience, with its old state if there is one to go on from."""
         groups = [{"params": [p for p in self.parameters() if p.requires_grad]}]
@@ -166,22 +170,20 @@ class Learner(pl.LightningModule):
         self._terms.clear()
         for one in batch:
             self._learn(one.to(self.device))
+        # Where Lightning and its callbacks look for the number of optimiser steps.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.total.ready = progress.total.completed = self.steps
         self._check_finite()
 
     def mean_terms(self) -> dict[str, float]:
         """The mean of each loss term over the last chunk; waits for the device."""
         return {k: float(torch.stack([t[k] for t in self._terms if k in t]).mean()) for k in self._terms[-1]}
 
-    def on_train_batch_end(self, outputs: Any, batch: Iterator[Batch], batch_idx: int) -> None:
-        """Count optimiser steps where Lightning and its callbacks look for them."""
-        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        progress.total.ready = progress.total.completed = self.steps
-
     def _learn(self, batch: Batch) -> None:
         strategy, optimizer = self.strategy, self.optimizer
         assert optimizer is not None
         if self._factor is not None:
-            factor = self._factor(self._done)
+            factor = self.schedule_factor()
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
         batch = strategy.batch(self, batch)
