@@ -21,12 +21,14 @@ class Progress(pl.Callback):
     """
 
     def __init__(self, name: str, experiences: int) -> None:
+        console = Console(stderr=True)
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
             transient=True,
         )
         self.name, self.experiences = name, experiences

@@ -151,7 +151,7 @@ def print_run(
     console.print()
     if names is not None:
         console.print(f"[bold]{names.strategy} · {names.learner} · {names.stream}[/]", highlight=False)
-    if results.experiences <= 20:
+    if results.experiences <= 10:
         console.print(f"{_words(results.score)} after training on (rows), tested on (columns)", highlight=False)
         console.print(_matrix(results))
     console.print(_summary(results, seen))
@@ -303,11 +303,12 @@ def _matrix(results: ScoreTable) -> Table:
     table.add_column("")
     for j in range(results.experiences):
         table.add_column(str(j), justify="right")
+    digits = 3 if results.experiences <= 7 else 2  # so that ten experiences fit into 80 characters
     rows = [("untrained", -1, results.baseline), *((str(i), i, row) for i, row in enumerate(results.R))]
     for label, i, row in rows:
         if row.isnan().all():
             continue
-        cells = ["" if math.isnan(x) else f"{x:.3f}" for x in row.tolist()]
+        cells = ["" if math.isnan(x) else f"{x:.{digits}f}" for x in row.tolist()]
         # What was not trained yet is shown faintly: it is not what forgetting is about.
         table.add_row(
             label, *(f"[dim]{c}[/]" if j > i else f"[bold]{c}[/]" if j == i else c for j, c in enumerate(cells))

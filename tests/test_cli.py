@@ -169,12 +169,13 @@ def test_doctor_reports_and_succeeds_here(capsys):
 def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys, clplat.cli; sys.argv=['clplat','--help']\ntry: clplat.cli.main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch','pytorch_lightning','mlflow','hydra','numpy') if m in sys.modules], file=sys.stderr)"
-    times = []
+    times, said = [], set()
     for _ in range(3):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
-    assert done.stderr.strip() == "[]"
+        said.add(done.stderr.strip())
+    assert said == {"[]"}
     assert min(times) < 1.0
 
 
