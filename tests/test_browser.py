@@ -104,9 +104,7 @@ def ui(tmp_path):
 
 
 def test_forgetting_curves_are_there_at_once(ui, tmp_path):
-    pytest.importorskip("selenium")
-    from selenium import webdriver
-
+    webdriver = pytest.importorskip("selenium.webdriver")  # the extra `browser`, which CI does not install
     experiment_id, host = ui
     options = webdriver.ChromeOptions()
     for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path / 'chromium'}"]:
