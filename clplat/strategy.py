@@ -71,6 +71,13 @@ class Strategy(StateModule):
         """What is trained during experience `index`. Law: left fold."""
         return session
 
+    def enter(self, learner: Learner, experience: Experience) -> None:
+        """Set up what is not a tensor (which weights are frozen, which task is active) for training on an experience.
+
+        Called before `before_experience`, again when the experience's training begins, and when a run goes on from a
+        checkpoint inside it: calling it twice must be the same as once. Law: in order.
+        """
+
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """Prepare for an experience; the head has already grown. Law: in order."""
 
@@ -159,6 +166,10 @@ class Composite(Strategy):
         for part in self.strategies:
             session = part.session(stream, index, session)
         return session
+
+    def enter(self, learner: Learner, experience: Experience) -> None:
+        for part in self.strategies:
+            part.enter(learner, experience)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         for part in self.strategies:

@@ -39,6 +39,9 @@ class Probe(Strategy):
     def session(self, stream: Any, index: int, session: Session) -> Session:
         return Session(session.data, session.share * 10 + float(self.name))
 
+    def enter(self, learner: Any, experience: Any) -> None:
+        self.log.append(f"enter {self.name}")
+
     def before_experience(self, learner: Any, experience: Any) -> None:
         self.log.append(f"before {self.name}")
 
@@ -98,11 +101,12 @@ def test_folds_go_from_the_left(three: Composite) -> None:
     assert three.parameter_groups([]) == [{"name": "1"}, {"name": "2"}, {"name": "3"}]
 
 
-@pytest.mark.parametrize("hook", ["wrap", "before", "after", "gradients", "after_step"])
+@pytest.mark.parametrize("hook", ["wrap", "enter", "before", "after", "gradients", "after_step"])
 def test_changes_of_state_go_in_order(hook: str, three: Composite, log: list[str]) -> None:
     nothing: Any = None
     {
         "wrap": lambda: three.wrap(nothing),
+        "enter": lambda: three.enter(nothing, nothing),
         "before": lambda: three.before_experience(nothing, nothing),
         "after": lambda: three.after_experience(nothing, nothing),
         "gradients": lambda: three.gradients(nothing, BATCH),

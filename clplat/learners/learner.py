@@ -123,6 +123,7 @@ class Learner(pl.LightningModule):
     def enter(self, experience: Experience) -> None:
         """Note which experience is being learned, as `begin` does, for a run that goes on inside it."""
         self.experience = experience
+        self.strategy.enter(self, experience)
 
     def end(self, experience: Experience) -> None:
         """Everything that happens after the last step on an experience."""
