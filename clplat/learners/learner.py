@@ -127,7 +127,9 @@ class Learner(pl.LightningModule):
 
     def end(self, experience: Experience) -> None:
         """Everything that happens after the last step on an experience."""
-        if self.optimizer is not None and self.optimizer_state == "kept":
+        if self.optimizer_state == "fresh":
+            self.resume_optimizer = None  # a run that was resumed after its last step has not used it
+        elif self.optimizer is not None:
             self.resume_optimizer = self.optimizer.state_dict()
         with torch.no_grad():
             self.strategy.after_experience(self, experience)
@@ -213,7 +215,7 @@ class Learner(pl.LightningModule):
             optimizer.step()
             return output
 
-        output = strategy.step(closure, update)
+        output = strategy.step(self, closure, update)
         self._terms.append(terms)
         self.steps += 1
         self._done += 1
