@@ -3,7 +3,8 @@
     F_i = mean over x of E_y [ (d log p(y | x) / d theta_i)^2 ]
 
 with y from the model ("exact": the expectation in full; "sampled": one draw) or from the data ("empirical"), as named
-by van de Ven (2025). log p of a sequence is the sum over its scored steps, and the square is taken of that sum.
+by van de Ven (2025). His "batched" is here too, for comparison: the square of a batch's mean gradient, which is not a
+Fisher information, depends on the batch size, and needs a strength orders of magnitude larger. log p of a sequence is the sum over its scored steps, and the square is taken of that sum.
 
 Letters: B batch, T time, C classes, O outputs.
 """
@@ -24,7 +25,7 @@ from clplat.streams.experience import UNSCORED, Batch, Data
 if TYPE_CHECKING:
     from clplat.learners.learner import Learner
 
-KINDS = ("exact", "sampled", "empirical")
+KINDS = ("exact", "sampled", "empirical", "batched")
 
 
 def check_kind(kind: str, target: str) -> None:
@@ -62,10 +63,10 @@ def fisher(
     Args:
         learner: gives `learner(batch).logits`, `weights()`, `objective` and `device`.
         data: where examples come from.
-        kind: "exact", "sampled" or "empirical".
+        kind: "exact", "sampled", "empirical" or "batched".
         examples: a random subset of this size; None or more than there are: all.
         generator: on the CPU; draws the subset and the labels of "sampled".
-        batch_size: examples a pass; changes the cost, not the result.
+        batch_size: examples a pass; changes the cost, not the result (but for "batched").
         taps: False gives every example passes of its own: slow, for tests.
 
     Returns:
@@ -88,15 +89,33 @@ def fisher(
             batch = replace(batch, y=_sample(objective.kind, logits, batch.y, generator))
         return [_score_function(learner, logits, batch)]
 
+    if kind == "batched":
+        return _batched(learner, data, chosen.split(batch_size))
     squares = SquaredGradients(lambda batch: learner(batch).logits, learner.weights(), taps)
-    with _untouched(learner):
+    with untouched(learner):
         for batch in data.batches(chosen.split(batch_size)):
             squares.add(batch.to(learner.device), cotangents)
     return {name: total.div_(count) for name, total in squares.total.items()}
 
 
+def _batched(learner: Learner, data: Data, indices: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The mean over batches of the square of their mean gradient."""
+    weights = learner.weights()
+    total = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
+    with untouched(learner):
+        for batch in data.batches(indices):
+            batch = batch.to(learner.device)
+            likelihood = learner.objective.log_likelihood(learner(batch).logits, batch).mean()
+            found = torch.autograd.grad(likelihood, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:
+                    total[name].addcmul_(gradient, gradient)
+    return {name: t.div_(len(indices)) for name, t in total.items()}
+
+
 @contextmanager
-def _untouched(learner: Learner) -> Iterator[None]:
+def untouched(learner: Learner) -> Iterator[None]:
+    """Evaluation mode, gradients on, full precision; afterwards all modes and random states are as they were."""
     modes = [(module, module.training) for module in learner.modules()]
     with ExitStack() as stack:
         on_gpu = learner.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Squared gradients of single examples, from batched passes.
+"""Sums of squared or absolute gradients of single examples, from batched passes.
 
 The gradient of one example by a weight matrix is a sum over time steps of (gradient by the layer's output) x (layer's
 input). One batched backward pass gives the first factor for all examples at once, since the rows of a batch do not
@@ -39,6 +39,9 @@ class SquaredGradients:
     Attributes:
         total: the sums so far, by name, in the parameters' shapes.
     """
+
+    power = 2
+    """2 sums squares, 1 absolute values."""
 
     def __init__(
         self, forward: Callable[[Batch], Tensor], weights: Mapping[str, nn.Parameter], taps: bool = True
@@ -96,7 +99,7 @@ class SquaredGradients:
             for name, several in uses.items():
                 pairs = [(use, delta) for use in several if (delta := by_edge[use.edge]) is not None]
                 if pairs:
-                    _add_squares(total[name], pairs)
+                    _add_powers(total[name], pairs, self.power)
         return True
 
     def _add_single(self, batch: Batch, cotangents: Cotangents, total: dict[str, Tensor]) -> None:
@@ -111,7 +114,7 @@ class SquaredGradients:
                 found = torch.autograd.grad(logits, parameters, cotangent[i], retain_graph=True, allow_unused=True)
                 for name, gradient in zip(self.weights, found, strict=True):
                     if gradient is not None:
-                        total[name].addcmul_(gradient, gradient)
+                        _add_power(total[name], gradient, self.power)
 
     def _give_up(self, names: Sequence[str], where: str) -> None:
         self.taps = False
@@ -121,20 +124,34 @@ class SquaredGradients:
         )
 
 
-def _add_squares(total: Tensor, pairs: list[tuple[Use, Tensor]]) -> None:
-    """Add sum over b of (gradient of example b)^2 to `total`, for all uses of one parameter together."""
+class AbsoluteGradients(SquaredGradients):
+    """The sum over examples, and over cotangents, of absolute gradients of single examples; otherwise as its base."""
+
+    power = 1
+
+
+def _add_power(total: Tensor, gradient: Tensor, power: int) -> None:
+    """Add |gradient|^power."""
+    if power == 2:
+        total.addcmul_(gradient, gradient)
+    else:
+        total.add_(gradient.abs())
+
+
+def _add_powers(total: Tensor, pairs: list[tuple[Use, Tensor]], power: int) -> None:
+    """Add sum over b of |gradient of example b|^power to `total`, for all uses of one parameter together."""
     kinds = {use.kind for use, _ in pairs}
     if kinds <= {"scale", "shift"}:
         own = total.new_zeros(len(pairs[0][1]), *total.shape)
         for use, delta in pairs:
             each = delta if use.factor is None else delta * use.factor
             own += each.reshape(len(each), -1, *total.shape).sum(1)
-        total.add_(own.square_().sum(0))
+        total.add_(own.abs_().pow_(power).sum(0))
     elif kinds == {"rows"}:
-        _add_row_squares(total, pairs)
+        _add_row_powers(total, pairs, power)
     else:
         left, right = zip(*(_factors(use, delta, len(total)) for use, delta in pairs), strict=True)
-        _add_product_squares(total, torch.cat(left, 1), torch.cat(right, 1))
+        _add_product_powers(total, torch.cat(left, 1), torch.cat(right, 1), power)
 
 
 def _factors(use: Use, delta: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -147,9 +164,9 @@ def _factors(use: Use, delta: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return F.one_hot(ids, rows).to(delta.dtype) * (ids != use.skip)[..., None], delta
 
 
-def _add_product_squares(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_powers(total: Tensor, left: Tensor, right: Tensor, power: int) -> None:
     if left.shape[1] == 1:
-        total.addmm_(left[:, 0].square().mT, right[:, 0].square())
+        total.addmm_(left[:, 0].abs().pow_(power).mT, right[:, 0].abs().pow_(power))
         return
     on_cpu = total.device.type == "cpu"
     chunk = max(1, (CACHE if on_cpu else 128 * CACHE) // (total.numel() * total.element_size()))
@@ -157,12 +174,12 @@ def _add_product_squares(total: Tensor, left: Tensor, right: Tensor) -> None:
         gradients = torch.bmm(one.mT, other)
         if on_cpu:
             for gradient in gradients:
-                total.addcmul_(gradient, gradient)
+                _add_power(total, gradient, power)
         else:
-            total.add_(gradients.square_().sum(0))
+            total.add_(gradients.abs_().pow_(power).sum(0))
 
 
-def _add_row_squares(total: Tensor, pairs: list[tuple[Use, Tensor]]) -> None:
+def _add_row_powers(total: Tensor, pairs: list[tuple[Use, Tensor]], power: int) -> None:
     ids = torch.cat([use.factor.reshape(len(delta), -1) for use, delta in pairs if use.factor is not None], 1)
     deltas = [
         delta.reshape(len(delta), -1, delta.shape[-1]) * (use.factor != use.skip).reshape(len(delta), -1, 1)
@@ -172,4 +189,4 @@ def _add_row_squares(total: Tensor, pairs: list[tuple[Use, Tensor]]) -> None:
     example = torch.arange(len(ids), device=ids.device)[:, None]
     keys, place = (example * len(total) + ids).flatten().unique(return_inverse=True)
     sums = total.new_zeros(len(keys), total.shape[1]).index_add_(0, place, torch.cat(deltas, 1).flatten(0, 1))
-    total.index_add_(0, keys % len(total), sums.square_())
+    total.index_add_(0, keys % len(total), sums.abs_().pow_(power))

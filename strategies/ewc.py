@@ -36,9 +36,9 @@ class EWC(Strategy):
         strength: lambda; 0 is finetuning.
         mode: "separate", "online" or "single".
         gamma: of mode "online", in 0..1.
-        fisher: "exact", "sampled" or "empirical", see `clplat.fisher`.
+        fisher: "exact", "sampled", "empirical" or "batched", see `clplat.fisher`.
         examples: the Fisher is a mean over this many examples of the experience, null: all.
-        batch_size: examples a pass of the Fisher; no effect on the result.
+        batch_size: examples a pass of the Fisher; no effect on the result (but for "batched").
         seed: of the choice of these examples and of sampled labels.
 
     Raises:

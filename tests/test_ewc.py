@@ -244,7 +244,7 @@ def test_separate_and_single_are_the_same_with_one_past_experience(trainer: Call
     ("options", "message"),
     [
         ({"mode": "both"}, "got 'both', allowed are 'separate', 'online', 'single'"),
-        ({"fisher": "batched"}, "got 'batched', allowed are 'exact', 'sampled', 'empirical'"),
+        ({"fisher": "true"}, "got 'true', allowed are 'exact', 'sampled', 'empirical', 'batched'"),
         ({"strength": -1.0}, "at least 0"),
         ({"gamma": 1.5, "mode": "online"}, "must lie in 0..1"),
         ({"gamma": 0.5}, "only 'online' has it"),

@@ -26,7 +26,7 @@ from clplat.learners.nets.net import Inputs, Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import Objective, objective_for
-from clplat.per_example import SquaredGradients
+from clplat.per_example import AbsoluteGradients, SquaredGradients
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import UNSCORED, Batch, Data, Experience
 
@@ -37,10 +37,12 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def squares(module: nn.Module, x: Tensor, taps: bool, **options: Any) -> dict[str, Tensor]:
+def squares(
+    module: nn.Module, x: Tensor, taps: bool, kind: type[SquaredGradients] = SquaredGradients, **options: Any
+) -> dict[str, Tensor]:
     """Of a module [B, ...] -> [B, C], with three cotangents."""
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    found = SquaredGradients(lambda batch: module(batch.x), weights, taps=taps, **options)
+    found = kind(lambda batch: module(batch.x), weights, taps=taps, **options)
 
     def cotangents(logits: Tensor, batch: Batch) -> list[Tensor]:
         g = generator(3)
@@ -55,12 +57,14 @@ def compare(module: nn.Module, x: Tensor, fast: bool = True) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tapped = squares(module, x, taps=True)
+        absolute = squares(module, x, taps=True, kind=AbsoluteGradients)
     assert bool(caught) is not fast, [str(w.message) for w in caught]
-    plain = squares(module, x, taps=False)
-    assert plain
-    for name in plain:
-        assert float(plain[name].max()) > 0 or plain[name].numel() == 0, name
-        torch.testing.assert_close(tapped[name], plain[name], rtol=1e-9, atol=1e-14, msg=name)
+    for found, kind in ((tapped, SquaredGradients), (absolute, AbsoluteGradients)):
+        plain = squares(module, x, taps=False, kind=kind)
+        assert plain
+        for name in plain:
+            assert float(plain[name].max()) > 0 or plain[name].numel() == 0, name
+            torch.testing.assert_close(found[name], plain[name], rtol=1e-9, atol=1e-14, msg=name)
 
 
 class Last(nn.Module):
