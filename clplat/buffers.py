@@ -90,6 +90,15 @@ class Buffer(StateModule):
         at = torch.randint(len(self), (count,), generator=self._generator) if again else self._distinct(count)
         return self._read(self._filled[at])
 
+    def contents(self) -> Batch:
+        """All examples held, marked as replayed, in an order of the buffer's own; draws no random number.
+
+        Raises:
+            ValueError: nothing is held.
+        """
+        self._need_some()
+        return self._read(self._filled)
+
     def stored_bytes(self) -> int:
         """Bytes of the examples held, each at its padded size; slots not filled yet do not count."""
         rows = [t for t in self._buffers.values() if t is not None and len(self)]
@@ -252,7 +261,8 @@ class Grouped(Buffer):
     Args:
         capacity: N over all groups; give either this or `capacity_per_group`.
         capacity_per_group: rows of each group.
-        by: what makes a group: "class" (one class a sequence), "task", or "all" (one group).
+        by: what makes a group: "class" (one class a sequence), "task", "all" (one group), or "extra" (integers [B] in
+            the first of `fields`).
         seed: of the buffer's own random numbers.
         fields: names of `Batch.extra` that are stored too.
 
@@ -273,8 +283,10 @@ class Grouped(Buffer):
                 f"Give either capacity or capacity_per_group, got {capacity} and {capacity_per_group}: "
                 "set the other one to null."
             )
-        if by not in ("class", "task", "all"):
-            raise ValueError(f"by: got {by!r}, allowed are 'class', 'task' and 'all'.")
+        if by not in ("class", "task", "all", "extra"):
+            raise ValueError(f"by: got {by!r}, allowed are 'class', 'task', 'all' and 'extra'.")
+        if by == "extra" and not fields:
+            raise ValueError("by: got 'extra' without fields: give the field that makes the groups first.")
         if capacity_per_group is not None and capacity_per_group < 0:
             raise ValueError(f"capacity_per_group: got {capacity_per_group}, it must be at least 0.")
         unlimited = 0 if capacity_per_group == 0 else 2**62
@@ -339,7 +351,9 @@ class Grouped(Buffer):
     def _labels(self, batch: Batch) -> Tensor:
         if self.by == "all":
             return torch.zeros(len(batch), dtype=torch.int64)
-        labels = batch.y if self.by == "class" else batch.task
+        labels = (
+            {"class": batch.y, "task": batch.task}.get(self.by) if self.by != "extra" else batch.extra[self.fields[0]]
+        )
         if labels is None or labels.ndim != 1 or labels.is_floating_point():
             given = "none" if labels is None else f"{labels.dtype} {list(labels.shape)}"
             raise ValueError(
@@ -373,6 +387,18 @@ class Ring(Grouped):
 
     def _keys(self, count: int) -> Tensor:
         return KEYS - 1 - self.seen - torch.arange(count)
+
+
+class Ranked(Grouped):
+    """The rows of each group that come first in an order that the caller gives: herding (Rebuffi et al. 2017)."""
+
+    def insert_ranked(self, batch: Batch, rank: Tensor) -> None:
+        """Offer the rows of a batch with their ranks [B], from 0, within their group; see `insert`."""
+        self._given = rank.cpu()
+        self.insert(batch)
+
+    def _keys(self, count: int) -> Tensor:
+        return self._given
 
 
 def _extra(name: str) -> str:

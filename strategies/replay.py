@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.buffers import Buffer, ClassBalanced, Grouped, Reservoir, Ring
+from clplat.buffers import Buffer, ClassBalanced, Grouped, Ranked, Reservoir, Ring
+from clplat.herding import herd
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
@@ -23,9 +24,10 @@ class Replay(Strategy):
 
     Args:
         capacity: examples held in all; give either this or `capacity_per_class`. 0 is finetuning.
-        capacity_per_class: examples held of each class (policies class_balanced and ring).
-        policy: "reservoir" (a uniform sample of all), "class_balanced" (equal shares, uniform within a class) or
-            "ring" (equal shares, the latest of each class).
+        capacity_per_class: examples held of each class (all policies but reservoir).
+        policy: "reservoir" (a uniform sample of all), "class_balanced" (equal shares, uniform within a class),
+            "ring" (equal shares, the latest of each class) or "herding" (equal shares, those whose mean features are
+            nearest to their class's; inserted after an experience only).
         rows: replayed rows a step, null: as many as the batch has. Never more than are held.
         rows_per_class: instead of `rows`, for policies by class: rows of every class held.
         insert: "during" the experience, each batch after it was drawn for (Mammoth), or "after" it, the whole training
@@ -62,6 +64,10 @@ class Replay(Strategy):
                 raise ValueError(f"replay.{name}: got {value}, it must be at least 1 (capacity 0 replays nothing).")
         if rows is not None and rows_per_class is not None:
             raise ValueError("replay: got rows and rows_per_class, only one can be: set the other one to null.")
+        if policy == "herding" and insert != "after":
+            raise ValueError(
+                f"replay.insert: got {insert!r}, policy 'herding' needs the whole experience: use 'after'."
+            )
         self.buffer = _buffer(policy, capacity, capacity_per_class, seed)
         if rows_per_class is not None and not isinstance(self.buffer, Grouped):
             raise ValueError(f"replay.rows_per_class: policy {policy!r} knows no classes, use class_balanced or ring.")
@@ -108,7 +114,14 @@ class Replay(Strategy):
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """Offer the whole training set to the buffer, if that is when rows are inserted."""
-        if self.insert == "after" and self.buffer.capacity:
+        if isinstance(self.buffer, Ranked) and self.buffer.capacity:
+            classes = len(self.buffer.groups) + len(
+                experience.classes
+            )  # an upper bound: more than its share never stays
+            share = self.buffer.capacity_per_group or -(-self.buffer.capacity // max(classes, 1))
+            rows, ranks = herd(learner, experience.train, share)
+            self.buffer.insert_ranked(rows.to(learner.device), ranks)
+        elif self.insert == "after" and self.buffer.capacity:
             for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
                 self.buffer.insert(batch.to(learner.device))
 
@@ -153,7 +166,8 @@ def _buffer(policy: str, capacity: int | None, capacity_per_class: int | None, s
                 f"capacity_per_class={capacity_per_class}: set capacity, or use policy class_balanced or ring."
             )
         return Reservoir(capacity, seed)
-    if policy not in ("class_balanced", "ring"):
-        raise ValueError(f"replay.policy: got {policy!r}, allowed are 'reservoir', 'class_balanced' and 'ring'.")
-    kind = ClassBalanced if policy == "class_balanced" else Ring
-    return kind(capacity, capacity_per_class, "class", seed)
+    kinds = {"class_balanced": ClassBalanced, "ring": Ring, "herding": Ranked}
+    if policy not in kinds:
+        allowed = ", ".join(map(repr, ["reservoir", *kinds]))
+        raise ValueError(f"replay.policy: got {policy!r}, allowed are {allowed}.")
+    return kinds[policy](capacity, capacity_per_class, "class", seed)

@@ -204,7 +204,7 @@ def test_replay_forgets_less(trainer: Callable) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "fifo"}, "got 'fifo', allowed are 'reservoir', 'class_balanced' and 'ring'"),
+        ({"policy": "fifo"}, "got 'fifo', allowed are 'reservoir', 'class_balanced', 'ring', 'herding'"),
         ({"capacity": None}, "needs capacity"),
         ({"capacity": None, "policy": "ring"}, "either capacity or"),
         ({"capacity_per_class": 3}, "knows no classes"),

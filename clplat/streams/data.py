@@ -175,6 +175,33 @@ class UnionData:
         return None if any(t is None for t in parts) else torch.cat([t for t in parts if t is not None])
 
 
+class BatchData:
+    """The rows of one batch as a set: what a buffer holds, to be trained on like any other data.
+
+    Args:
+        rows: at least one row; `source` and `weight` are not kept.
+    """
+
+    def __init__(self, rows: Batch) -> None:
+        self.rows = replace(rows, source=None, weight=None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The examples `index` [B]."""
+        return replace(self.rows.rows(index.to(self.rows.x.device)), index=index)
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """One batch for each entry of `indices`."""
+        return map(self.batch, indices)
+
+    def targets(self) -> Tensor | None:
+        """[N] classes, or None where an example has no single class."""
+        y = self.rows.y
+        return y.cpu() if y.ndim == 1 and not y.is_floating_point() else None
+
+
 class WorkerData:
     """Any map-style torch data set of (input, class) pairs, for data that do not fit in memory.
 
