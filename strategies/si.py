@@ -1,0 +1,97 @@
+"""Synaptic intelligence (Zenke, Poole & Ganguli 2017, arXiv 1703.04200)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, _foreach_addcmul_, _foreach_sub  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
+
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.named import NamedTensors
+from clplat.penalty import Quadratic
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience
+
+
+class SI(Strategy):
+    """Adds strength * sum_i Omega_i (theta_i - theta*_i)^2 (eq. 4), Omega from the path that each weight took:
+
+        omega_i = - sum over steps of g_i * (change of theta_i in the step)                         (eq. 3)
+        Omega_i <- Omega_i + omega_i / ((theta_i(end) - theta_i(start))^2 + damping)                (eq. 5)
+
+    g is the gradient of everything but this penalty, whose own gradient is known and taken off: the paper's path is
+    that of the task's loss. Terms of other strategies in the same list count as the task's.
+
+    The paper does not say what becomes of negative omega (a weight whose change raised the loss). By default it
+    counts as 0, which keeps the penalty bounded below; `clip_negative=False` keeps it.
+
+    Args:
+        strength: c; 0 is finetuning.
+        damping: xi, above 0.
+        clip_negative: True counts a negative omega as 0.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"boundaries"})
+
+    def __init__(self, strength: float, damping: float = 0.1, clip_negative: bool = True) -> None:
+        super().__init__()
+        if strength < 0:
+            raise ValueError(f"si.strength: got {strength}, it must be at least 0 (0 is finetuning).")
+        if not damping > 0:
+            raise ValueError(f"si.damping: got {damping}, it must be above 0.")
+        self.strength, self.damping, self.clip_negative = strength, damping, clip_negative
+        self.past = Quadratic()
+        self.path, self.start = NamedTensors(), NamedTensors()  # omega so far, and the weights before the experience
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # of the current step: weights and gradients
+
+    def before_experience(self, learner: Learner, experience: Experience) -> None:
+        """A new path begins."""
+        if self.strength == 0:
+            return
+        self.past.fit(learner.weights())
+        self.start.keep(learner.weights())
+        self.path.zero(learner.weights())
+
+    def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """The penalty, once there is a past."""
+        return {"si": self.past.penalty(learner.weights(), 2 * self.strength)} if self.past else {}
+
+    @torch.no_grad()
+    def gradients(self, learner: Learner, batch: Batch) -> None:
+        """Note the weights and the task's gradient before the optimiser moves."""
+        if self.strength == 0:
+            return
+        found = {n: p for n, p in learner.weights().items() if p.grad is not None and n in self.path.views()}
+        grads = {n: p.grad.clone() for n, p in found.items() if p.grad is not None}
+        importance, anchor = self.past.importances(), self.past.anchors()
+        own = [n for n in grads if n in importance]
+        if own:
+            drift = _foreach_sub([found[n].detach() for n in own], [anchor[n] for n in own])
+            _foreach_addcmul_([grads[n] for n in own], [importance[n] for n in own], drift, value=-2 * self.strength)
+        self._before = {n: (p.detach().clone(), grads[n]) for n, p in found.items()}
+
+    def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
+        """Add the step to the path."""
+        if not self._before:
+            return
+        weights, path = learner.weights(), self.path.views()
+        names = [n for n in self._before if n in weights]
+        change = _foreach_sub([weights[n].detach() for n in names], [self._before[n][0] for n in names])
+        _foreach_addcmul_([path[n] for n in names], [self._before[n][1] for n in names], change, value=-1)
+        self._before = {}
+
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        """Turn the path into importance."""
+        if self.strength == 0:
+            return
+        weights, start, new = learner.weights(), self.start.views(), {}
+        for name, omega in self.path.views().items():
+            if name in weights:
+                omega = omega.clamp_min(0) if self.clip_negative else omega
+                new[name] = omega / ((weights[name] - start[name]).square() + self.damping)
+        self.past.renew(new, weights)
