@@ -1,0 +1,93 @@
+"""Dark experience replay, DER and DER++ (Buzzega et al. 2020, arXiv 2004.07211)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clplat.buffers import Reservoir
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, concatenate
+
+
+class DER(Strategy):
+    """Adds alpha * MSE(z, z') + beta * CE(z'', y'') on two independent draws from a reservoir (eq. 6; DER is beta 0).
+
+    z' are the logits at the time a row was stored, in the training pass of its own step. The mean squared error goes
+    over all logits of a row, those of classes not met yet included (where the head offers them), as in the paper's
+    code. Both draws share one forward pass beside the current batch's.
+
+    Args:
+        capacity: rows held; 0 is finetuning.
+        alpha: of the logits' distance, at least 0.
+        beta: of the cross-entropy on replayed rows, at least 0; 0 is DER.
+        rows: rows of each draw, null: as many as the batch has. Never more than are held.
+        seed: of the buffer's random numbers.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    def __init__(
+        self, capacity: int, alpha: float = 0.5, beta: float = 0.5, rows: int | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if alpha < 0 or beta < 0:
+            raise ValueError(f"der: got alpha={alpha}, beta={beta}, both must be at least 0.")
+        if rows is not None and rows < 1:
+            raise ValueError(f"der.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
+        self.buffer = Reservoir(capacity, seed, fields=["logits"])
+        self.alpha, self.beta, self.rows = alpha, beta, rows
+        self.off = capacity == 0 or alpha == beta == 0
+        self.passes = 1.0 if self.off else 1.0 + (alpha > 0) + (beta > 0)
+        self._drawn: list[Batch] = []  # in this step: for the logits, for the classes
+
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """The batch as it is; what is replayed beside it is drawn here, once a step."""
+        self._drawn = []
+        if not self.off and len(self.buffer):
+            count = min(len(batch) if self.rows is None else self.rows, len(self.buffer))
+            draws = int(self.alpha > 0) + int(self.beta > 0)
+            self._drawn = [self.buffer.sample(count).to(batch.x.device) for _ in range(draws)]
+        return batch
+
+    def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """Both terms, once something is held."""
+        if not self._drawn:
+            return {}
+        count, logits = len(self._drawn[0]), learner(concatenate(self._drawn)).logits
+        terms = {}
+        if self.alpha > 0:
+            terms["der_logits"] = self.alpha * _distance(learner, logits[:count], self._drawn[0])
+        if self.beta > 0:
+            terms["der_classes"] = self.beta * learner.objective(logits[-count:], self._drawn[-1])
+        return terms
+
+    def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
+        """Offer the current rows with the logits of this step's pass."""
+        if self.off:
+            return
+        rows = replace(batch, extra={"logits": output.logits.detach()})
+        self.buffer.insert(rows if batch.source is None else rows.rows(batch.source == 0))
+
+    def stored_bytes(self) -> int:
+        """Bytes of the examples and logits held."""
+        return self.buffer.stored_bytes()
+
+
+def _distance(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:
+    """The mean squared distance to the stored logits, over the logits offered then, on scored steps."""
+    stored = batch.extra["logits"].float()
+    if logits.ndim == 3:
+        logits, stored = logits[:, : stored.shape[1]], stored[:, : logits.shape[1]]
+    counted = (stored > torch.finfo(torch.float32).min / 2) & torch.isfinite(stored)
+    scored = learner.objective.scored(batch)
+    if scored is not None:
+        counted = counted & scored[:, : stored.shape[1], None]
+    apart = (logits.float() - stored).masked_fill(~counted, 0).square()
+    return apart.sum() / counted.sum()

@@ -1,0 +1,68 @@
+"""Experience replay with asymmetric cross-entropy (Caccia et al. 2022, arXiv 2104.05025)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clplat.buffers import Reservoir
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, concatenate
+
+
+class ERACE(Strategy):
+    """Current rows compete among the classes of the current batch only, replayed rows among all classes met (eq. 3):
+
+        CE(current | classes in the batch) + CE(replayed | classes met so far)
+
+    each a mean over its rows; both share one forward pass.
+
+    Args:
+        capacity: rows held by a reservoir; 0 is finetuning.
+        rows: replayed rows a step, null: as many as the batch has. Never more than are held.
+        seed: of the buffer's random numbers.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"classes"})
+
+    def __init__(self, capacity: int, rows: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        if rows is not None and rows < 1:
+            raise ValueError(f"er_ace.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
+        self.buffer, self.rows = Reservoir(capacity, seed), rows
+        self.replaces_objective = capacity > 0
+        self.passes = 2.0 if capacity else 1.0
+
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """The batch and, behind it, rows of the buffer."""
+        if not self.buffer.capacity:
+            return batch
+        count = min(len(batch) if self.rows is None else self.rows, len(self.buffer))
+        drawn = self.buffer.sample(count).to(batch.x.device) if count else None
+        self.buffer.insert(batch if batch.source is None else batch.rows(batch.source == 0))
+        return batch if drawn is None else concatenate([batch, drawn])
+
+    def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
+        """The sum of the two cross-entropies."""
+        lowest = torch.finfo(output.logits.dtype).min
+        replayed = torch.zeros(len(batch), device=batch.x.device) if batch.source is None else batch.source.float()
+        current = 1 - replayed
+        present = torch.zeros_like(learner.seen, dtype=replayed.dtype).index_add_(0, batch.y, current) > 0  # [C]
+        allowed = torch.where(replayed[:, None] > 0, learner.seen, present)
+        # A row's own class always competes: a finite loss whatever a strategy before this one put into the batch.
+        allowed = allowed | F.one_hot(batch.y, len(present)).bool()
+        losses = F.cross_entropy(output.logits.masked_fill(~allowed, lowest), batch.y, reduction="none")
+        if batch.weight is not None:
+            losses = losses * batch.weight
+        parts = [(losses * share).sum() / share.sum().clamp_min(1) for share in (current, replayed)]
+        return parts[0] + parts[1]
+
+    def stored_bytes(self) -> int:
+        """Bytes of the examples held."""
+        return self.buffer.stored_bytes()

@@ -1,0 +1,114 @@
+"""GDumb: greedy sampler and dumb learner (Prabhu, Torr & Dokania 2020)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clplat.buffers import Buffer
+from clplat.learners.learner import Learner
+from clplat.named import NamedTensors
+from clplat.strategy import Session, Strategy
+from clplat.streams.data import BatchData
+from clplat.streams.experience import Batch, Experience, Stream
+
+READ = 1024
+"""Examples read at once when an experience is offered to the memory."""
+
+
+class GDumb(Strategy):
+    """Trains from scratch, before every evaluation, on nothing but a class-balanced memory.
+
+    The memory takes a row while its class holds less than capacity / classes met; when it is full, a random row of
+    the largest class makes room (algorithm 1). Each experience then starts from the learner's initial weights and
+    trains on the memory for as long as `training` says. The paper's CutMix, and its warm restarts, which are a
+    schedule, are not part of it.
+
+    Args:
+        capacity: rows held, at least 1.
+        seed: of the evictions.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"boundaries", "classes"})
+
+    def __init__(self, capacity: int, seed: int = 0) -> None:
+        super().__init__()
+        if capacity < 1:
+            raise ValueError(
+                f"gdumb.capacity: got {capacity}, it must be at least 1: without a memory it cannot learn."
+            )
+        self.memory = Greedy(capacity, seed)
+        self.initial = NamedTensors()
+        self.offered = 0
+        """Experiences offered to the memory."""
+
+    def wrap(self, learner: Learner) -> None:
+        """Keep the initial weights."""
+        self.initial.keep(learner.weights())
+
+    def session(self, stream: Stream, index: int, session: Session) -> Session:
+        """The memory, after it was offered this experience."""
+        if index >= self.offered:
+            data = stream[index].train
+            for batch in data.batches(torch.arange(len(data)).split(READ)):
+                self.memory.insert(batch)
+            self.offered = index + 1
+        return Session(BatchData(self.memory.contents()), 1.0, session.covers)
+
+    def before_experience(self, learner: Learner, experience: Experience) -> None:
+        """From scratch."""
+        for name, weight in self.initial.views().items():
+            learner.weights()[name].copy_(weight)
+
+    def stored_bytes(self) -> int:
+        """Bytes of the rows held; the initial weights need not be stored, a seed would do."""
+        return self.memory.stored_bytes()
+
+    def get_extra_state(self) -> dict[str, int]:
+        """How much was offered."""
+        return {"offered": self.offered}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take what `get_extra_state` gave."""
+        self.offered = state["offered"]
+
+
+class Greedy(Buffer):
+    """The greedy sampler: a class that has less than its share gets the room of a random row of the largest one."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        super().__init__(capacity, seed)
+        self.held: dict[int, list[int]] = {}
+        """The slots of each class."""
+
+    def _place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        owner: dict[int, int] = {}  # slot -> row of this batch
+        used = sum(map(len, self.held.values()))
+        for row, label in enumerate(batch.y.tolist()):
+            own = self.held.setdefault(label, [])
+            if len(own) * len(self.held) >= self.capacity:
+                continue
+            if used < self.capacity:
+                slot, used = used, used + 1
+            else:
+                largest = max(self.held.values(), key=len)
+                slot = largest.pop(int(torch.randint(len(largest), (1,), generator=self._generator)))
+            own.append(slot)
+            owner[slot] = row
+        self._filled = torch.arange(used)
+        slots = sorted(owner)
+        return torch.tensor([owner[s] for s in slots], dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Counters, the generator's state, and the slots of each class."""
+        return super().get_extra_state() | {"held": {label: list(slots) for label, slots in self.held.items()}}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what `get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.held = {label: list(slots) for label, slots in state["held"].items()}
