@@ -1,0 +1,238 @@
+"""Deep generative replay (Shin et al. 2017, arXiv 1705.08690), for sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clplat.generator import SequenceVAE
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience, StreamError
+from clplat.streams.loader import stable_seed
+from clplat.teacher import Teacher
+
+
+class GenerativeReplay(Strategy):
+    """A generator, a recurrent variational autoencoder, is trained beside the learner; its copy from the end of the
+    last experience gives inputs of the past, and the learner's copy from then gives their answers:
+
+        loss = (1 / t) loss(current) + (1 - 1 / t) loss(generated)          in experience t = 1, 2, ...
+
+    for the learner, and alike for the generator, so that both remember all of the past. With `labels="soft"` the
+    learner's old answers are distilled at a temperature instead of being taken as truth (van de Ven & Tolias 2018).
+    Nothing of the past is stored but the two nets. With task labels, each generated row is of a random earlier task.
+
+    Deviation: the paper's generator is adversarial; this one is the variational one of van de Ven & Tolias, with GRUs.
+
+    Args:
+        rows: generated rows a step, null: as many as the batch has; 0 is finetuning.
+        hidden: width of the generator's GRUs.
+        latent: Z, the width of its code.
+        deviation: of float inputs, see `SequenceVAE`.
+        lr: of the generator's Adam.
+        labels: "hard" or "soft"; soft for targets that are classes only.
+        temperature: of soft labels, above 0.
+        seed: of the generator's random numbers.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"boundaries"})
+
+    def __init__(
+        self,
+        rows: int | None = None,
+        hidden: int = 256,
+        latent: int = 32,
+        deviation: float = 0.3,
+        lr: float = 1e-3,
+        labels: str = "soft",
+        temperature: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if rows is not None and rows < 0:
+            raise ValueError(f"generative_replay.rows: got {rows}, it must be at least 0 (0 is finetuning), or null.")
+        if hidden < 1 or latent < 1:
+            raise ValueError(f"generative_replay: got hidden={hidden}, latent={latent}; both must be at least 1.")
+        if not min(deviation, lr, temperature) > 0:
+            raise ValueError(
+                f"generative_replay: got deviation={deviation}, lr={lr}, temperature={temperature}; all must be above 0."
+            )
+        if labels not in ("hard", "soft"):
+            raise ValueError(f"generative_replay.labels: got {labels!r}, allowed are 'hard' and 'soft'.")
+        self.rows, self.hidden, self.latent, self.deviation = rows, hidden, latent, deviation
+        self.lr, self.soft, self.temperature = lr, labels == "soft", temperature
+        self.off = rows == 0
+        self.replaces_objective = not self.off
+        self.passes = 1.0 if self.off else 3.0
+        self.generator: SequenceVAE | None = None
+        self.old: SequenceVAE | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.inputs: dict[str, int | None] = {}
+        self.tasks: list[int] = []
+        self.learned = 0  # experiences
+        self._random = torch.Generator().manual_seed(stable_seed(seed, "generative replay"))
+        self._generated: Batch | None = None
+
+    def wrap(self, learner: Learner) -> None:
+        """Make room for the learner's copy.
+
+        Raises:
+            ValueError: soft labels for targets that are not classes.
+        """
+        if self.soft and learner.objective.kind not in ("class", "tag", "token"):
+            raise ValueError(
+                f"generative_replay.labels: 'soft' distils classes, the learner predicts {learner.objective.kind!r}: "
+                "use 'hard'."
+            )
+        if not self.off:
+            self.teacher = Teacher(learner.net)
+
+    def before_experience(self, learner: Learner, experience: Experience) -> None:
+        """Build the generator, once the inputs are known; its optimiser is fresh in every experience.
+
+        Raises:
+            StreamError: sequences of different lengths.
+        """
+        if self.off:
+            return
+        if self.generator is None:
+            data = experience.train
+            batch = data.batch(torch.arange(min(len(data), 32)))
+            if batch.lengths is not None:
+                raise StreamError(
+                    "generative_replay generates sequences of one length, and this stream's differ: use replay."
+                )
+            tokens = not batch.x.is_floating_point()
+            # A vocabulary is not seen from data: the net's own embedding has it.
+            vocabulary = next(p.shape[0] for p in learner.net.embedding.parameters()) if tokens else None
+            steps = batch.x.shape[1] if tokens or batch.x.ndim == 3 else 0
+            self._build({"steps": steps, "features": None if tokens else batch.x.shape[-1], "vocabulary": vocabulary})
+            assert self.generator is not None
+            self.generator.to(learner.device)
+        self._optimize()
+
+    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The learner's optimiser leaves the generator alone."""
+        own = {id(p) for p in self.parameters()}
+        return [g | {"params": [p for p in g["params"] if id(p) not in own]} for g in groups]
+
+    def batch(self, learner: Learner, batch: Batch) -> Batch:
+        """The batch as it is; generated rows are made here, once a step."""
+        self._generated = None
+        count = len(batch) if self.rows is None else self.rows
+        if self.learned and count:
+            assert self.old is not None
+            z = self._normal(count, batch.x)
+            uniform = torch.rand(count, self.old.steps or 1, generator=self._random).to(batch.x.device)
+            task = None
+            if batch.task is not None:
+                drawn = torch.randint(len(self.tasks), (count,), generator=self._random)
+                task = torch.tensor(self.tasks)[drawn].to(batch.x.device)
+            made = Batch(self.old.generate(z, uniform), batch.y[:1].expand(count, *batch.y.shape[1:]), task=task)
+            logits = self.teacher(made).logits
+            self._generated = replace(made, y=_answers(learner, logits, batch.y), extra={"logits": logits})
+        return batch
+
+    def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
+        """Current and generated rows, each experience with the same weight."""
+        own = learner.objective(output.logits, batch)
+        if self._generated is None:
+            return own
+        logits, share = learner(self._generated).logits, 1 / (self.learned + 1)
+        if not self.soft:
+            past = learner.objective(logits, self._generated)
+        else:
+            old = (self._generated.extra["logits"].float() / self.temperature).log_softmax(-1)
+            new = (logits.float() / self.temperature).log_softmax(-1)
+            offered = self._generated.extra["logits"] > torch.finfo(logits.dtype).min
+            apart = (old.exp() * (old - new)).masked_fill(~offered, 0).sum(-1)
+            past = self.temperature**2 * apart.mean()
+        return share * own + (1 - share) * past
+
+    def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
+        """A step of the generator, on the same rows."""
+        if self.generator is None or self.optimizer is None:
+            return
+        current = batch if batch.source is None else batch.rows(batch.source == 0)
+        share = 1 / (self.learned + 1)
+        with torch.enable_grad():
+            loss = self.generator.loss(current, self._normal(len(current), current.x))
+            if self._generated is not None:
+                noise = self._normal(len(self._generated), current.x)
+                loss = share * loss + (1 - share) * self.generator.loss(self._generated, noise)
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        """Generator and learner, as they are, stand for the past from now on."""
+        if self.off:
+            return
+        assert self.generator is not None
+        assert self.old is not None
+        self.old.load_state_dict(self.generator.state_dict())
+        self.teacher.learn(learner.net)
+        self.learned += 1
+        if experience.task_label is not None and experience.task_label not in self.tasks:
+            self.tasks.append(experience.task_label)
+
+    def stored_bytes(self) -> int:
+        """Bytes of both nets' copies and of the generator in training."""
+        if self.off or self.generator is None:
+            return 0
+        size = sum(p.numel() * p.element_size() for p in self.generator.parameters())
+        return 2 * size + self.teacher.stored_bytes()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the generator was built for, its optimiser, counters and random numbers."""
+        return {
+            "inputs": dict(self.inputs),
+            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "tasks": list(self.tasks),
+            "learned": self.learned,
+            "random": self._random.get_state(),
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take what `get_extra_state` gave; the generator's own weights are loaded after this."""
+        self.tasks, self.learned = list(state["tasks"]), state["learned"]
+        self._random.set_state(state["random"].cpu())
+        if state["inputs"] and self.generator is None:
+            self._build(state["inputs"])
+        if state["optimizer"] is not None:
+            self._optimize()
+            assert self.optimizer is not None
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _build(self, inputs: Mapping[str, int | None]) -> None:
+        self.inputs = dict(inputs)
+        steps = inputs["steps"] or 0
+        made = [
+            SequenceVAE(steps, inputs["features"], inputs["vocabulary"], self.hidden, self.latent, self.deviation)
+            for _ in range(2)
+        ]
+        self.generator, self.old = made[0], made[1].requires_grad_(False)
+
+    def _optimize(self) -> None:
+        assert self.generator is not None
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr)
+
+    def _normal(self, rows: int, like: Tensor) -> Tensor:
+        return torch.randn(rows, self.latent, generator=self._random).to(like.device, non_blocking=True)
+
+
+def _answers(learner: Learner, logits: Tensor, like: Tensor) -> Tensor:
+    """Targets of the kind of `like` from logits."""
+    kind = learner.objective.kind
+    if kind in ("class", "tag", "token"):
+        return logits.argmax(-1)
+    return (logits >= 0).to(like.dtype) if kind == "bits" else logits.to(like.dtype)
