@@ -1,0 +1,145 @@
+"""Orthogonal gradient descent (Farajtabar, Azizan, Mott & Li 2020, arXiv 1910.07104)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from clplat.fisher import untouched
+from clplat.learners.learner import Learner
+from clplat.learners.nets.net import Output
+from clplat.strategy import Closure, Strategy, Update
+from clplat.streams.experience import Batch, Experience
+from clplat.streams.loader import stable_seed
+from clplat.subspace import extended, rounding, without
+
+OF = ("true", "mean", "all")
+
+
+class OGD(Strategy):
+    """Steps orthogonal to the gradients of old examples' outputs: to first order, these outputs stay what they are.
+
+    After an experience the gradients of the logits of some of its examples by all P weights join an orthonormal basis
+    Q [M, P] (the paper's Gram-Schmidt); from then on a change g of the weights becomes g - Q^T Q g (algorithm 1).
+    Memory and time of a step are M * P.
+
+    Which logits: "true", that of the example's class (OGD-GTL, the paper's choice); "mean", their mean (OGD-AVE);
+    "all", each of them (OGD-ALL). Classes that the head does not offer have none. Of a sequence with a target at every
+    step, one scored step is drawn.
+
+    Deviations: the basis comes from a singular value decomposition of the new gradients' part outside Q, which spans
+    the same space; where `capacity` has no room for all of it, the largest directions stay (in the manner of PCA-OGD,
+    Doan et al. 2021). The paper projects gradients and trains with SGD; see `apply_to`.
+
+    Args:
+        examples: of each experience, drawn at random.
+        capacity: M at most, over all experiences; once it is reached, nothing more is protected. 0 is finetuning.
+        of: "true", "mean" or "all".
+        apply_to: "update" projects what the optimiser did, so that momentum, Adam's scales and weight decay respect
+            Q too, and what strategies after this one in the list do in a step; "gradient" projects the gradient as the
+            paper does, which is the same for plain SGD only.
+        seed: of the choice of examples and steps.
+
+    Raises:
+        ValueError: an option that is not allowed.
+    """
+
+    needs = frozenset({"boundaries"})
+    basis: Tensor | None  # [M, P]
+
+    def __init__(
+        self, examples: int = 200, capacity: int = 1000, of: str = "true", apply_to: str = "update", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if examples < 1:
+            raise ValueError(f"ogd.examples: got {examples}, it must be at least 1 (capacity 0 is finetuning).")
+        if capacity < 0:
+            raise ValueError(f"ogd.capacity: got {capacity}, it must be at least 0 (0 is finetuning).")
+        if of not in OF:
+            raise ValueError(f"ogd.of: got {of!r}, allowed are {', '.join(map(repr, OF))}.")
+        if apply_to not in ("update", "gradient"):
+            raise ValueError(f"ogd.apply_to: got {apply_to!r}, allowed are 'update' and 'gradient'.")
+        self.examples, self.capacity, self.of, self.apply_to, self.seed = examples, capacity, of, apply_to, seed
+        self.register_buffer("basis", None)
+
+    def wrap(self, learner: Learner) -> None:
+        """Refuse the true logit where there is none."""
+        kind = learner.objective.kind
+        if self.of == "true" and kind in ("bits", "value"):
+            raise ValueError(f"ogd.of: got 'true', which target {kind!r} has no true class for: use 'mean' or 'all'.")
+
+    def gradients(self, learner: Learner, batch: Batch) -> None:
+        """Project the gradients."""
+        if self.basis is None or self.apply_to == "update":
+            return
+        parameters = list(learner.net.parameters())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        for parameter, part in zip(parameters, self._split(self._project(flat), parameters), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(part)
+
+    def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
+        """With "update": the step, and the part of it taken back that changes old outputs."""
+        if self.basis is None or self.apply_to == "gradient":
+            return update(closure)
+        parameters = list(learner.net.parameters())
+        before = parameters_to_vector(parameters).detach()
+        output = update(closure)
+        with torch.no_grad():
+            after = before + self._project(parameters_to_vector(parameters) - before)
+            for parameter, part in zip(parameters, self._split(after, parameters), strict=True):
+                if parameter.requires_grad:
+                    parameter.copy_(part)
+        return output
+
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        """Add the output gradients of what was learned, as far as there is room."""
+        room = self.capacity - (0 if self.basis is None else len(self.basis))
+        if room <= 0:
+            return
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "ogd", experience.index))
+        chosen = torch.randperm(len(experience.train), generator=generator)[: self.examples]
+        rows: list[Tensor] = []
+        with untouched(learner):
+            for batch in experience.train.batches(chosen.split(1)):
+                rows += self._output_gradients(learner, batch.to(learner.device), generator)
+        if not rows:  # not one of them has a scored step
+            return
+        gradients = torch.stack(rows)
+        old = None if self.basis is None else self.basis.mT
+        basis = extended(old, gradients, 1.0, rounding(gradients.dtype), room)
+        self.basis = basis.mT.to(gradients.dtype).contiguous()
+
+    def _output_gradients(self, learner: Learner, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+        """Gradients [P] of the chosen logits of one example."""
+        logits, y = learner.net(batch).logits[0], batch.y[0]
+        if logits.ndim == 2:
+            scored = learner.objective.scored(batch)
+            steps = torch.arange(len(logits)) if scored is None else scored[0].nonzero().squeeze(1).cpu()
+            if len(steps) == 0:
+                return []
+            step = int(steps[torch.randint(len(steps), (1,), generator=generator)])
+            logits, y = logits[step], y[step]
+        offered = logits[logits != torch.finfo(logits.dtype).min]
+        outputs = {"true": lambda: [logits[y]], "mean": lambda: [offered.mean()], "all": lambda: list(offered)}[
+            self.of
+        ]()
+        parameters = list(learner.net.parameters())
+        wanted = [p for p in parameters if p.requires_grad]
+        found: list[Tensor] = []
+        for output in outputs:
+            by_weight = dict(
+                zip(wanted, torch.autograd.grad(output, wanted, retain_graph=True, materialize_grads=True), strict=True)
+            )
+            found.append(torch.cat([by_weight.get(p, torch.zeros_like(p)).flatten() for p in parameters]).detach())
+        return found
+
+    def _project(self, flat: Tensor) -> Tensor:
+        assert self.basis is not None
+        return without(flat[None], self.basis.mT)[0]
+
+    @staticmethod
+    def _split(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+        pieces = flat.split([p.numel() for p in parameters])
+        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
