@@ -56,12 +56,15 @@ class Strategy(StateModule):
     Attributes:
         needs: keys of `NEEDS` that a stream must offer.
         replaces_objective: True if `objective` takes the place of the learner's own; at most one in a list may.
+        edits_layers: True if it freezes, copies or rewrites the layers' own weights, or calls the head itself, and so
+            cannot go with a strategy that lets the net run with other weights (hypernetworks, masks).
         passes: forward and backward passes a step, relative to finetuning on the same batch size; logged, since
             comparisons are only fair at equal cost.
     """
 
     needs: frozenset[str] = frozenset()
     replaces_objective: bool = False
+    edits_layers: bool = False
     passes: float = 1.0
 
     def wrap(self, learner: Learner) -> None:
@@ -99,7 +102,7 @@ class Strategy(StateModule):
     def gradients(self, learner: Learner, batch: Batch) -> None:
         """Edit the parameters' `.grad` after the backward pass. Law: left fold."""
 
-    def step(self, closure: Closure, update: Update) -> Output:
+    def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
         """How often and where gradients are taken. Law: onion, the first in the list is outermost."""
         return update(closure)
 
@@ -117,6 +120,11 @@ class Strategy(StateModule):
     def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
         """The learning rate's factor at each step of an experience. Law: function composition."""
         return factor
+
+    def report(self) -> dict[str, Tensor]:
+        """What it found, by name, for a person to look at: saved as `strategy.npz` in the run's folder. Law: union,
+        each name behind the strategy's."""
+        return {}
 
     def stored_bytes(self) -> int:
         """Bytes kept for old experiences: here, all tensors of the strategy's own state."""
@@ -203,9 +211,9 @@ class Composite(Strategy):
         for part in self.strategies:
             part.gradients(learner, batch)
 
-    def step(self, closure: Closure, update: Update) -> Output:
+    def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
         for part in reversed(self.strategies):
-            update = _inside(part, update)
+            update = _inside(part, learner, update)
         return update(closure)
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
@@ -227,12 +235,15 @@ class Composite(Strategy):
             factor = part.schedule(factor)
         return factor
 
+    def report(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": value for name, part in self.named.items() for key, value in part.report().items()}
+
     def stored_bytes(self) -> int:
         return sum(p.stored_bytes() for p in self.strategies)
 
 
-def _inside(part: Strategy, update: Update) -> Update:
-    return lambda closure: part.step(closure, update)
+def _inside(part: Strategy, learner: Learner, update: Update) -> Update:
+    return lambda closure: part.step(learner, closure, update)
 
 
 def check_needs(strategy: Strategy, stream: Stream) -> None:

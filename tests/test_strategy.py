@@ -57,7 +57,7 @@ class Probe(Strategy):
     def gradients(self, learner: Any, batch: Batch) -> None:
         self.log.append(f"gradients {self.name}")
 
-    def step(self, closure: Callable, update: Callable) -> Any:
+    def step(self, learner: Any, closure: Callable, update: Callable) -> Any:
         self.log.append(f"enter {self.name}")
         output = update(closure)
         self.log.append(f"leave {self.name}")
@@ -124,20 +124,22 @@ def test_a_step_is_an_onion_with_the_first_outermost(three: Composite, log: list
         log.append("closure")
         return "output"
 
-    assert three.step(closure, update) == "output"
+    learner: Any = None
+    assert three.step(learner, closure, update) == "output"
     enter, leave = [f"enter {n}" for n in "123"], [f"leave {n}" for n in "321"]
     assert log == [*enter, "update", "closure", *leave]
 
 
 def test_a_strategy_may_take_several_gradients_in_one_step() -> None:
     class Twice(Strategy):
-        def step(self, closure: Callable, update: Callable) -> Any:
+        def step(self, learner: Any, closure: Callable, update: Callable) -> Any:
             closure()
             return update(closure)
 
     calls: list[str] = []
+    learner: Any = None
     both = Composite({"a": Twice(), "b": Twice()})
-    both.step(lambda: calls.append("closure"), lambda closure: closure())  # type: ignore[arg-type, func-returns-value]
+    both.step(learner, lambda: calls.append("closure"), lambda closure: closure())  # type: ignore[arg-type, func-returns-value]
     assert len(calls) == 3  # each of them one more
 
 
@@ -179,7 +181,7 @@ def test_the_base_class_changes_nothing() -> None:
     assert base.predict(learner, BATCH, BATCH.x, BATCH.x) is BATCH.x
     session = Session(None)
     assert base.session(learner, 0, session) is session
-    assert base.step(lambda: learner, lambda closure: closure()) is nothing
+    assert base.step(learner, lambda: learner, lambda closure: closure()) is nothing
     assert base.stored_bytes() == 0
     assert base.passes == 1.0
 
