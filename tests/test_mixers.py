@@ -15,6 +15,7 @@ from torch import Tensor
 from clplat.learners.mixers.attention import Attention, rotate
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.mixers.gru import GRU
+from clplat.learners.mixers.hyper_lstm import HyperLSTM
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.mixers.mixer import Mixer, State
 
@@ -28,7 +29,19 @@ CAUSAL: dict[str, Callable[[int, int], Mixer]] = {
     "lstm_forget_bias": lambda d, h: LSTM(d, h, forget_bias=1.0),
     "gru": GRU,
     "attention": Attention,
+    "hyper_lstm": lambda d, h: warmed(HyperLSTM(d, h, size=6)),
+    "hyper_lstm_without_norms": lambda d, h: warmed(HyperLSTM(d, h, size=6, embedding=3, normalize=False)),
 }
+
+
+def warmed(mixer: Mixer) -> Mixer:
+    """With every weight in use: some are zero at initialisation."""
+    torch.manual_seed(8)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return mixer
+
 
 each_mixer = pytest.mark.parametrize("name", CAUSAL)
 each_length = pytest.mark.parametrize("steps", [1, 7, 63])
@@ -384,3 +397,39 @@ def test_functional_call_replaces_weights(name: str) -> None:
     assert mixer(x)[0].abs().max() > 0
     y, _ = torch.func.functional_call(mixer, zeros, (x,))
     assert y.abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_hyper_lstm_begins_as_a_normalised_lstm(scale: float) -> None:
+    """At initialisation every alpha is 0.1 and every beta 0, whatever the input: an LSTM with layer normalisation of
+    0.1 (W x + U h + b). (The normalisation takes out most of the factor, and its epsilon leaves a difference.)"""
+    torch.manual_seed(0)
+    mixer = HyperLSTM(D, H).double()
+    with torch.no_grad():
+        mixer.input.bias.normal_()
+        mixer.scales.fill_(0.1 / 4)  # it was made in single precision
+    x = scale * inputs(9)
+    h = c = torch.zeros(B, H, dtype=torch.float64)
+    outputs = []
+    for t in range(9):
+        pre = 0.1 * (x[:, t] @ mixer.input.weight.T + h @ mixer.recurrent.weight.T) + mixer.input.bias
+        gates = []
+        for gate in pre.split(H, -1):
+            apart = gate - gate.mean(-1, keepdim=True)
+            gates.append(apart / (apart.square().mean(-1, keepdim=True) + 1e-3).sqrt())
+        i, j, f, o = gates
+        c = (f + 1).sigmoid() * c + i.sigmoid() * j.tanh()
+        apart = c - c.mean(-1, keepdim=True)
+        h = o.sigmoid() * (apart / (apart.square().mean(-1, keepdim=True) + 1e-3).sqrt()).tanh()
+        outputs.append(h)
+    close(mixer(x)[0], torch.stack(outputs, 1))
+
+
+def test_the_small_lstm_rescales_the_large_one() -> None:
+    """Once trained, the same input and state of the large LSTM give another output with another small state."""
+    mixer, x = build("hyper_lstm"), inputs(1)
+    first = memory(mixer)
+    other = (*first[:2], first[2] + 1, first[3])
+    assert not torch.allclose(mixer(x, first)[0], mixer(x, other)[0])
+    with pytest.raises(ValueError, match="size=0"):
+        HyperLSTM(D, H, size=0)
