@@ -227,7 +227,8 @@ class Tracker:
         figures.curves(results, self._labels).savefig(self.folder / "curves.png", dpi=130)
         figures.matrix(results, self._labels).savefig(self.folder / "matrix.png", dpi=130)
         (self.folder / "figures.html").write_text(figures.html(results, self._labels), encoding="utf-8")
-        for name in ("results.npz", "results_table.json", "curves.png", "matrix.png", "figures.html", "result.json"):
+        pictures = ("curves.png", "matrix.png", "figures.html")
+        for name in ("results.npz", "results_table.json", *pictures, "result.json", "strategy.npz"):
             if (self.folder / name).exists():
                 self.log_artifact(self.folder / name)
         # The UI shows a json file as a table only if this tag names it.

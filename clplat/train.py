@@ -65,6 +65,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
     folder = _writable(folder)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
 
+    import numpy as np
     import torch
 
     from clplat import report
@@ -109,6 +110,9 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
         summary = report.summarise(names, cfg.seed, results, run.seen_results)
         (folder / "where.txt").write_text(tracker.where() + "\n")
         (folder / "result.json").write_text(json.dumps(summary, indent=1))
+        found = {name: value.numpy(force=True) for name, value in learner.strategy.report().items()}
+        if found:
+            np.savez(folder / "strategy.npz", allow_pickle=False, **found)
         tracker.finish(results, run.seen_results)
         tracker.log_checkpoint(folder / "last.ckpt")
     except BaseException as error:

@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from clplat import checkpoint
@@ -29,6 +31,7 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
+from clplat.train import Names, train
 
 K, N, D, C = 3, 40, 3, 6
 
@@ -335,3 +338,14 @@ def test_capacity_zero_does_nothing(trainer: Callable) -> None:
 def test_wrong_options_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_was_found_is_in_the_runs_folder(tmp_path: Path) -> None:
+    overrides = ["strategy=[example_forgetting]", "tracking=none", "progress=false", "training.epochs=1"]
+    with initialize_config_module("clplat.conf", version_base="1.3"):
+        cfg = compose("train", overrides)
+    train(cfg, tmp_path, Names("stream", "learner", "example_forgetting"))
+    found = np.load(tmp_path / "strategy.npz")
+    assert found.files
+    assert all(name.startswith("example_forgetting.") for name in found.files)
+    assert any(found[name].size > 100 for name in found.files)
