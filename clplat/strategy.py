@@ -123,7 +123,7 @@ class Strategy(StateModule):
 
     def report(self) -> dict[str, Tensor]:
         """What it found, by name, for a person to look at: saved as `strategy.npz` in the run's folder. Law: union,
-        each name behind the strategy's."""
+        each name behind that of its strategy."""
         return {}
 
     def stored_bytes(self) -> int:
