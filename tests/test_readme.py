@@ -29,6 +29,7 @@ from clplat.train import build_learner
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
+STRATEGIES = (ROOT / "docs" / "strategies.md").read_text()
 QUICK = ["training.epochs=1", "learner.net.hidden=8", "tracking=none", "progress=false", "stream.experiences=2"]
 
 
@@ -157,6 +158,30 @@ def test_the_notebook_block_gives_scores(capsys: pytest.CaptureFixture[str]) -> 
     assert "average_incremental" in capsys.readouterr().out
 
 
+def test_the_probes_block_finds_what_was_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    code = blocks(STRATEGIES[STRATEGIES.index("<!-- probe -->") :], "python")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/strategies.md", "exec"), names)
+    assert names["recovery"].before < 0.1 < 0.5 < names["recovery"].after  # forgotten, and soon back
+    assert "angle between" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", [one for block in blocks(STRATEGIES, "bash") for one in block.splitlines()])
+def test_the_commands_of_the_strategies_page_are_accepted(line: str) -> None:
+    command, train_, *words = shlex.split(line)
+    assert (command, train_) == ("clplat", "train")
+    with initialize_config_module("clplat.conf", version_base="1.3"):
+        sweep = {w.split("=")[0]: w.split("=", 1)[1].split(",") for w in words if "," in w and "[" not in w}
+        plain = [w for w in words if w != "-m" and w.split("=")[0] not in sweep]
+        for key, values in (sweep or {"seed": ["0"]}).items():
+            for value in values:
+                picked = f"strategy=[{value}]" if key == "strategy" else f"{key}={value}"
+                rest = [f"{k}={v[0]}" for k, v in sweep.items() if k not in (key, "strategy")]
+                rest += [] if key == "strategy" or "strategy" not in sweep else [f"strategy=[{sweep['strategy'][0]}]"]
+                lists = [re.sub(r"^strategy=(\w+)$", r"strategy=[\1]", w) for w in plain]
+                check(compose("train", [*lists, *rest, picked]))
+
+
 def column(header: str, title: str) -> set[str]:
     """The names in backquotes in the column `title` of the table whose first heading is `header`."""
     lines = README.splitlines()
@@ -188,7 +213,9 @@ def test_the_hooks_table_names_every_hook() -> None:
     assert own - {"stored_bytes"} <= shown
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/strategies.md"]
+)
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
