@@ -126,7 +126,7 @@ def list_(arguments: Sequence[str]) -> int:
         from clplat.config import nearest
 
         return _refuse(f"unknown group {arguments[0]!r}{nearest(arguments[0], groups)} Allowed: {', '.join(groups)}.")
-    console = Console()
+    console = Console(markup=False)  # descriptions hold lists in brackets
     for group in [arguments[0]] if arguments else groups:
         table = Table(box=None, title=f"{group}=", title_justify="left", show_header=False, pad_edge=False)
         for name, line in options(root / group).items():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Finding = tuple[str, str, str]
@@ -33,7 +34,7 @@ def main() -> int:
     table = Table(box=None, pad_edge=False, show_header=False)
     colour = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "wrong": "[red]wrong[/]"}
     for what, state, text in findings:
-        table.add_row(what, colour[state], text)
+        table.add_row(what, colour[state], escape(text))  # paths and messages may hold brackets
     Console().print(table)
     return int(any(state == "wrong" for _, state, _ in findings))
 

@@ -148,9 +148,12 @@ def test_list_names_every_option_with_a_line(capsys):
     root = Path(__file__).parents[1] / "conf"
     from clplat.cli import options
 
+    shown = "".join(out.split())
     for group in root.iterdir():
         if group.is_dir() and group.name != "__pycache__":
-            assert all(len(line) > 3 for line in options(group).values()), group
+            for line in options(group).values():
+                assert len(line) > 3, group
+                assert "[" not in line or line[line.index("[") : line.index("]") + 1] in shown
 
 
 def test_unknown_command_and_group(capsys):
