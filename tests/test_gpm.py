@@ -75,6 +75,23 @@ def test_directions_that_are_rounding_are_left_out_and_room_is_kept_to() -> None
     assert extended(None, rows[:0], 1.0, 1e-12).shape == (10, 0)
 
 
+def test_few_long_rows_cost_little_and_give_the_same_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orthogonal gradient descent has some hundred rows as long as the net: no decomposition may see them wide."""
+    svd, rows, old = torch.linalg.svd, draw(6, 500, seed=1) * torch.arange(1, 7)[:, None], draw(4, 500, seed=2)
+    basis = extended(None, old, 1.0, 1e-12)
+    missed = rows - rows @ basis @ basis.mT
+    right = svd(missed, full_matrices=False).Vh[:3].mT
+
+    def narrow(matrix: Tensor, **options: bool) -> object:
+        assert max(matrix.shape) <= 10, "the decomposition of a wide matrix is slow"
+        return svd(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", narrow)
+    both = extended(basis, rows, 1.0, 1e-12, room=3)
+    torch.testing.assert_close(both.mT @ both, torch.eye(7, dtype=torch.float64))
+    torch.testing.assert_close(both[:, 4:] @ both[:, 4:].mT, right @ right.mT)
+
+
 def test_a_projection_is_exact_in_half_precision_runs_too() -> None:
     rows, basis = draw(5, 30).float(), extended(None, draw(8, 30, seed=1), 1.0, 1e-12).float()
     plain = without(rows, basis)
