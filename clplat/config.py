@@ -6,7 +6,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -57,6 +57,13 @@ def check(cfg: DictConfig) -> None:
     _known("learner", cfg.learner, LEARNER)
     if not cfg.get("strategy"):
         raise ConfigError("strategy: got none, give at least one (strategy=finetune is the plain one).")
+    chosen = [str(n) for n in cfg.strategy if "_target_" in list(cfg.strategy[n])]  # "in" alone passes over a ???
+    for name in cfg.strategy:
+        if name not in chosen:
+            raise ConfigError(
+                f"strategy.{name}: no strategy of that name was chosen{nearest(str(name), chosen)} "
+                f"Chosen: {', '.join(chosen) or 'none'}; strategy=[...] chooses others."
+            )
     for path, node in _nodes("", cfg):
         if "_target_" in node:
             _check_call(path, node)
@@ -98,7 +105,9 @@ def _check_call(path: str, node: DictConfig) -> None:
     except Exception:  # hints of other libraries may not resolve at run time; then nothing can be compared
         return
     for key in node:
-        if key in hints and not isinstance(node[key], (DictConfig, ListConfig)):
+        if key in hints and isinstance(node[key], ListConfig):
+            _fit_all(_join(path, key), node[key], hints[key])
+        elif key in hints and not isinstance(node[key], DictConfig):
             _fits(_join(path, key), node[key], hints[key])
 
 
@@ -111,12 +120,22 @@ def _known(path: str, node: DictConfig, allowed: Iterable[str]) -> None:
             )
 
 
+def _fit_all(path: str, values: ListConfig, hint: Any) -> None:
+    kinds = [typing.get_args(o)[0] for o in _alternatives(hint) if typing.get_origin(o) is Sequence]
+    if len(kinds) == 1 and kinds[0] in (int, float, str):
+        for i, value in enumerate(values):
+            _fits(f"{path}[{i}]", value, kinds[0])
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _fits(path: str, value: Any, hint: Any) -> None:
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    options = _alternatives(hint)
+    if typing.get_origin(hint) is Sequence and isinstance(value, (bool, int, float)):
+        raise ConfigError(f"{path}: got {value!r}, expected a list: [{value}], say.")
     plain = [o for o in options if o in (int, float, bool, str, type(None)) or typing.get_origin(o) is typing.Literal]
     if len(plain) < len(options) and not isinstance(value, str):
         return  # something that is no plain value may be built from this

@@ -97,7 +97,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
     with _refusing("schedule"):
         learner.plan(1, 0)
         learner.schedule_factor()
-    with _refusing("run"):
+    with _refusing(""):  # strategies name themselves
         training, evaluation = instantiate(cfg.training), instantiate(cfg.evaluation)
         run = Run(stream, learner, trainer, training, evaluation, tracker, folder, notes)
     if state is not None:
@@ -207,9 +207,11 @@ def _refusing(part: str) -> Iterator[None]:
         if isinstance(cause, UserError):
             raise cause from error
         where = re.search(r"full_key: (\S+)", str(error))
-        raise ConfigError(f"{where[1] if where else part}: {str(cause).splitlines()[0]}") from error
+        key, line = where[1] if where else part, str(cause).splitlines()[0]
+        raise ConfigError(f"{key}: {line}" if key else line) from error
     except (ValueError, TypeError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{part}: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"{part}: {line}" if part else line) from error
 
 
 def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:

@@ -231,7 +231,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     return train(cfg, folder, Names("stream", "learner", "+".join(cfg.strategy)))
 
 
-PAIRS = [*((name, "split_digits") for name in ("mlp", "lstm", "gru", "elman", "transformer"))]
+PAIRS = [*((name, "split_digits") for name in ("mlp", "lstm", "gru", "elman", "hyper_lstm", "transformer"))]
 PAIRS += [("lstm", "permuted_copy"), ("lstm", "parity"), ("lstm", "selective_copy"), ("lstm", "mqar")]
 PAIRS += [("transformer", "mqar")]
 
