@@ -7,6 +7,7 @@ checkpointed and moved with the learner. What is not a tensor goes through `get_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +30,7 @@ Update = Callable[[Closure], "Output"]
 
 NEEDS = {
     "boundaries": "experiences with known boundaries (any scenario but boundary_free)",
-    "task_labels": "task labels (a task-incremental stream)",
+    "task_labels": "task labels (stream.task_incremental=true)",
     "classes": "one class a sequence (streams with target 'class')",
 }
 """What a strategy may declare that it needs of a stream, and what that is called in an error."""
@@ -152,9 +153,10 @@ class Composite(Strategy):
             )
         self.replaces_objective = bool(replacing)
         self.needs = frozenset().union(*(p.needs for p in parts.values()))
-        self.passes = 1.0
-        for part in parts.values():
-            self.passes *= part.passes
+        self._count_passes()
+
+    def _count_passes(self) -> None:
+        self.passes = math.prod(part.passes for part in self.strategies)
 
     @property
     def named(self) -> dict[str, Strategy]:
@@ -178,6 +180,7 @@ class Composite(Strategy):
     def enter(self, learner: Learner, experience: Experience) -> None:
         for part in self.strategies:
             part.enter(learner, experience)
+        self._count_passes()  # those of GEM grow with the experiences
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         for part in self.strategies:

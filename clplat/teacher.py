@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clplat.learners.nets.net import Net, Output
 from clplat.state import StateModule
 from clplat.streams.experience import Batch
+
+if TYPE_CHECKING:
+    from clplat.learners.learner import Learner
 
 
 class Teacher(StateModule):
@@ -60,3 +64,14 @@ class Teacher(StateModule):
     def set_extra_state(self, state: bool) -> None:
         """Take what `get_extra_state` gave."""
         self._known = state
+
+
+def every_logit(learner: Learner, batch: Batch, output: Output) -> Tensor:
+    """The student's logits to compare with a teacher's, [B, C] or [B, T, C]: as the head gives them.
+
+    With logit_mask "experience" those of old classes are kept out of the objective on new rows: out of `output.logits`,
+    where nothing could be distilled from them.
+    """
+    if learner.logit_mask != "experience" or learner.objective.kind != "class":
+        return output.logits
+    return learner.net.head(output.features, batch.task)

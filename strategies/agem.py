@@ -78,6 +78,7 @@ class AGEM(Strategy):
 
 def project(gradient: Tensor, reference: Tensor) -> Tensor:
     """`gradient` [P] without its part against `reference` [P]; as it is where the two do not disagree."""
-    along = gradient @ reference
-    share = torch.where(along < 0, along / (reference @ reference).clamp_min(torch.finfo(along.dtype).tiny), 0)
-    return gradient - share * reference
+    with torch.autocast(gradient.device.type, enabled=False):  # products of long vectors are lost in half precision
+        along = gradient @ reference
+        share = torch.where(along < 0, along / (reference @ reference).clamp_min(torch.finfo(along.dtype).tiny), 0)
+        return gradient - share * reference

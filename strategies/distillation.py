@@ -12,7 +12,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
-from clplat.teacher import Teacher
+from clplat.teacher import Teacher, every_logit
 
 ROWS = ("none", "replayed", "all")
 
@@ -95,7 +95,7 @@ class Distillation(Strategy):
             apart = (output.features - before.features).square().mean(-1)
             total = (1 - share) * own + share * _mean(apart, replayed if self.feature == "replayed" else None)
         if self.prediction != "none":
-            apart = self._divergence(output.logits, before.logits)
+            apart = self._divergence(every_logit(learner, batch, output), before.logits)
             apart = _mean(apart, replayed if self.prediction == "replayed" else None)
             weight = share if self.prediction == "replayed" else weight_of_classes(self.old, self.all)
             total = weight * apart + (total if self.feature != "none" else (1 - weight) * own)

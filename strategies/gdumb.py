@@ -10,7 +10,7 @@ from torch import Tensor
 from clplat.buffers import Buffer
 from clplat.learners.learner import Learner
 from clplat.named import NamedTensors
-from clplat.strategy import Session, Strategy
+from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import BatchData
 from clplat.streams.experience import Batch, Experience, Stream
 
@@ -48,7 +48,15 @@ class GDumb(Strategy):
         """Experiences offered to the memory."""
 
     def wrap(self, learner: Learner) -> None:
-        """Keep the initial weights."""
+        """Keep the initial weights.
+
+        Raises:
+            ValueError: another strategy chooses what is trained, too.
+        """
+        parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
+        for name, part in parts.items():
+            if part is not self and type(part).session is not Strategy.session:
+                raise ValueError(f"gdumb cannot be combined with {name}: both choose what is trained. Drop one.")
         self.initial.keep(learner.weights())
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
@@ -61,9 +69,10 @@ class GDumb(Strategy):
         return Session(BatchData(self.memory.contents()), 1.0, session.covers)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """From scratch."""
-        for name, weight in self.initial.views().items():
-            learner.weights()[name].copy_(weight)
+        """From scratch; weights that another strategy has frozen stay."""
+        initial = self.initial.views()
+        for name, weight in learner.weights().items():
+            weight.copy_(initial[name])
 
     def stored_bytes(self) -> int:
         """Bytes of the rows held; the initial weights need not be stored, a seed would do."""

@@ -23,8 +23,8 @@ class GEM(Strategy):
         min over v >= margin of 1/2 v'(GG' + eps I)v + (Gg)'v,    g <- g + G'v,    only if some (Gg)_k < 0
 
     with one row of G for each earlier experience, the gradient on all its memory. The dual has as many unknowns as
-    there are earlier experiences and is solved by coordinate descent on the CPU: this one number of a step waits for
-    the device, unlike all other strategies.
+    there are earlier experiences and is solved by coordinate descent on the CPU, which waits for the device in every
+    step.
 
     Args:
         capacity_per_experience: rows kept of each; 0 is finetuning.
@@ -93,9 +93,10 @@ class GEM(Strategy):
 
 def project(gradient: Tensor, past: Tensor, margin: float = 0.5, eps: float = 1e-3) -> Tensor:
     """The projected gradient [P] of a gradient [P] and those of K memories [K, P]."""
-    along = past @ gradient
-    dual = solve_dual((past @ past.mT).double().cpu(), along.double().cpu(), margin, eps)
-    return gradient + dual.to(gradient) @ past
+    with torch.autocast(gradient.device.type, enabled=False):  # products of long vectors are lost in half precision
+        along = past @ gradient
+        dual = solve_dual((past @ past.mT).double().cpu(), along.double().cpu(), margin, eps)
+        return gradient + dual.to(gradient) @ past
 
 
 def solve_dual(gram: Tensor, along: Tensor, margin: float, eps: float, tolerance: float = 1e-12) -> Tensor:

@@ -76,6 +76,7 @@ class GenerativeReplay(Strategy):
         self.generator: SequenceVAE | None = None
         self.old: SequenceVAE | None = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self._resume: dict[str, Any] | None = None  # the optimiser's state, until the generator is on its device
         self.inputs: dict[str, int | None] = {}
         self.tasks: list[int] = []
         self.learned = 0  # experiences
@@ -95,6 +96,14 @@ class GenerativeReplay(Strategy):
             )
         if not self.off:
             self.teacher = Teacher(learner.net)
+
+    def enter(self, learner: Learner, experience: Experience) -> None:
+        """Go on with the generator's optimiser, after a resume."""
+        if self._resume is not None:
+            state, self._resume = self._resume, None
+            self._optimize()
+            assert self.optimizer is not None
+            self.optimizer.load_state_dict(state)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """Build the generator, once the inputs are known; its optimiser is fresh in every experience.
@@ -139,6 +148,8 @@ class GenerativeReplay(Strategy):
                 task = torch.tensor(self.tasks)[drawn].to(batch.x.device)
             made = Batch(self.old.generate(z, uniform), batch.y[:1].expand(count, *batch.y.shape[1:]), task=task)
             logits = self.teacher(made).logits
+            if learner.logit_mask != "all" and learner.objective.kind == "class":  # the learner masks these as well
+                logits = logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min)
             self._generated = replace(made, y=_answers(learner, logits, batch.y), extra={"logits": logits})
         return batch
 
@@ -151,9 +162,12 @@ class GenerativeReplay(Strategy):
         if not self.soft:
             past = learner.objective(logits, self._generated)
         else:
-            old = (self._generated.extra["logits"].float() / self.temperature).log_softmax(-1)
+            old = self._generated.extra["logits"]
+            # A class that competes in neither, or in one of them only, has nothing to be compared with.
+            offered = (old > torch.finfo(old.dtype).min) & (logits > torch.finfo(logits.dtype).min)
+            lowest = torch.finfo(torch.float32).min
+            old = (old.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1)
             new = (logits.float() / self.temperature).log_softmax(-1)
-            offered = self._generated.extra["logits"] > torch.finfo(logits.dtype).min
             apart = (old.exp() * (old - new)).masked_fill(~offered, 0).sum(-1)
             past = self.temperature**2 * apart.mean()
         return share * own + (1 - share) * past
@@ -196,7 +210,7 @@ class GenerativeReplay(Strategy):
         """What the generator was built for, its optimiser, counters and random numbers."""
         return {
             "inputs": dict(self.inputs),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "optimizer": self._resume if self.optimizer is None else self.optimizer.state_dict(),
             "tasks": list(self.tasks),
             "learned": self.learned,
             "random": self._random.get_state(),
@@ -208,10 +222,7 @@ class GenerativeReplay(Strategy):
         self._random.set_state(state["random"].cpu())
         if state["inputs"] and self.generator is None:
             self._build(state["inputs"])
-        if state["optimizer"] is not None:
-            self._optimize()
-            assert self.optimizer is not None
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer, self._resume = None, state["optimizer"]
 
     def _build(self, inputs: Mapping[str, int | None]) -> None:
         self.inputs = dict(inputs)

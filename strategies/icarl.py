@@ -13,7 +13,7 @@ from clplat.learners.nets.net import Output
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import BatchData, UnionData
 from clplat.streams.experience import Batch, Experience, Stream
-from clplat.teacher import Teacher
+from clplat.teacher import Teacher, every_logit
 
 
 class ICaRL(Strategy):
@@ -65,13 +65,14 @@ class ICaRL(Strategy):
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
         """Binary cross-entropy over the classes met by now."""
         assert isinstance(self.known, Tensor)
-        targets = F.one_hot(batch.y, output.logits.shape[-1]).to(output.logits.dtype)
+        logits = every_logit(learner, batch, output)
+        targets = F.one_hot(batch.y, logits.shape[-1]).to(logits.dtype)
         if self.teacher:
             old = self.teacher(batch).logits
             targets = torch.where(self.known, old.sigmoid().to(targets.dtype), targets)
         # Classes that a head does not offer to a row have no say.
-        offered = learner.seen & (output.logits > torch.finfo(output.logits.dtype).min)
-        losses = F.binary_cross_entropy_with_logits(output.logits.masked_fill(~offered, 0), targets, reduction="none")
+        offered = learner.seen & (logits > torch.finfo(logits.dtype).min)
+        losses = F.binary_cross_entropy_with_logits(logits.masked_fill(~offered, 0), targets, reduction="none")
         rows = losses.masked_fill(~offered, 0).sum(-1) / offered.sum(-1)
         return rows.mean() if batch.weight is None else (rows * batch.weight).sum() / batch.weight.sum()
 
@@ -92,7 +93,8 @@ class ICaRL(Strategy):
         assert isinstance(self.known, Tensor)
         apart = torch.cdist(F.normalize(features, dim=-1).float(), self.means).square()
         lowest = torch.finfo(apart.dtype).min
-        offered = self.known & (logits > torch.finfo(logits.dtype).min)
+        held = (self.means != 0).any(-1)  # a class may have no exemplar left
+        offered = self.known & held & (logits > torch.finfo(logits.dtype).min)
         return (-apart).masked_fill(~offered, lowest)
 
     def stored_bytes(self) -> int:

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat.learners.learner import Learner
+from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
-from clplat.teacher import Teacher
+from clplat.teacher import Teacher, every_logit
 
 
 class LwF(Strategy):
@@ -20,8 +21,9 @@ class LwF(Strategy):
 
         - sum_k softmax(z' / T)_k log softmax(z / T)_k + const                                      (eq. 2 to 4)
 
-    with z' the logits of the net as it was before this experience. With task labels the outputs of every earlier task
-    are distilled, and their terms are summed; else those of all classes met before, as one softmax.
+    with z' the logits of the net as it was before this experience. With a head per task the outputs of every earlier
+    task are distilled, and their terms are summed; else those of all classes met before, as one softmax, whatever
+    logit_mask keeps out of the objective.
 
     Deviation: the paper's factor 1 stays (no T^2, with which Hinton et al. keep gradients of one size). It warms up a
     new head alone before the joint training; here there is no such phase.
@@ -73,9 +75,10 @@ class LwF(Strategy):
         if self._strength == 0 or not self.teacher:
             return {}
         before, share = self.teacher(batch), self._share(learner, batch)
-        if batch.task is None:
+        if batch.task is None or not isinstance(learner.net.head, TaskHead):
             assert isinstance(self.known, Tensor)
-            term = (self._divergence(output.logits, before.logits, self.known) * share).sum()
+            new = every_logit(learner, batch, output)
+            term = (self._divergence(new, before.logits, self.known) * share).sum()
         else:
             terms = []
             for label in self.tasks:

@@ -166,6 +166,11 @@ class Remind(Strategy):
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """Index 0: the whole base set; then nothing up to the end of the base; then the stream as it comes."""
         base = stream.experiences[: self.base_experiences]
+        if len(base) == len(stream):
+            raise ValueError(
+                f"remind.base_experiences: got {self.base_experiences}, the stream has {len(stream)} and none would be "
+                "left to learn from codes: choose fewer."
+            )
         if index == 0:
             self._base = base[0].train if len(base) == 1 else UnionData([e.train for e in base])
             data = self._base if self.base_passes == 1 else UnionData([self._base] * self.base_passes)

@@ -99,7 +99,9 @@ class Replay(Strategy):
         if self.weighting == "rows":
             return joined
         current, past = self._shares(len(batch), len(replayed))
-        share = torch.cat([batch.x.new_full((len(batch),), current), batch.x.new_full((len(replayed),), past)])
+        dtype = batch.x.dtype if batch.x.is_floating_point() else None  # token ids are integers, weights are not
+        share = torch.full((len(joined),), current, dtype=dtype, device=batch.x.device)
+        share[len(batch) :] = past
         return replace(joined, weight=share if joined.weight is None else share * joined.weight)
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
@@ -115,10 +117,8 @@ class Replay(Strategy):
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """Offer the whole training set to the buffer, if that is when rows are inserted."""
         if isinstance(self.buffer, Ranked) and self.buffer.capacity:
-            classes = len(self.buffer.groups) + len(
-                experience.classes
-            )  # an upper bound: more than its share never stays
-            share = self.buffer.capacity_per_group or -(-self.buffer.capacity // max(classes, 1))
+            classes = {*self.buffer.groups.tolist(), *experience.classes}  # more than its share never stays
+            share = self.buffer.capacity_per_group or -(-self.buffer.capacity // max(len(classes), 1))
             rows, ranks = herd(learner, experience.train, share)
             self.buffer.insert_ranked(rows.to(learner.device), ranks)
         elif self.insert == "after" and self.buffer.capacity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat.learners.learner import Learner
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.heads import Head
+from clplat.learners.nets.net import Inputs
+from clplat.learners.nets.recurrent import recurrent
+from clplat.learners.objectives import objective_for
 from clplat.strategies.center_loss import CenterLoss
 from clplat.strategies.distillation import Distillation, weight_of_classes, weight_of_rehearsal
+from clplat.strategies.icarl import ICaRL
 from clplat.strategies.lwf import LwF
 from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
-from clplat.streams.experience import Batch, Stream
+from clplat.streams.data import TensorData
+from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 
 
 def shaken(learner: Learner, scale: float = 0.3) -> None:
@@ -43,6 +51,16 @@ def old_and_new(tiny: Any, strategy: Strategy, stream: Stream, batch: Batch) -> 
     before = learner(batch)
     shaken(learner)
     return learner, before.logits.detach(), before.features.detach()
+
+
+def tagged(strategy: Strategy) -> tuple[Learner, Batch]:
+    """A learner of tags [B, T] and a batch whose second half of steps is not scored."""
+    torch.manual_seed(1)
+    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
+    y = torch.randint(0, 4, (8, 6))
+    y[:, 3:] = UNSCORED
+    return Learner(net, objective_for("tag"), strategy), Batch(torch.randint(0, 7, (8, 6)), y)
 
 
 def test_lwf_is_the_divergence_over_old_classes(tiny: Any) -> None:
@@ -82,6 +100,53 @@ def test_lwf_with_task_labels_sums_over_old_heads(tiny: Any) -> None:
     assert bool(gradient[:4].any()) and not bool(gradient[4:].any())
 
 
+def test_lwf_with_task_labels_and_one_head_for_all_counts_every_class_once(tiny: Any) -> None:
+    told, untold = tiny.stream(tasks=True), tiny.stream()
+    terms = []
+    for stream in (told, replace(told, experiences=untold.experiences)):
+        strategy = LwF(strength=1.0)
+        learner = tiny.learner(strategy, untold)  # a shared head
+        strategy.wrap(learner)
+        for k in range(2):
+            learner.begin(stream[k])
+            learner.end(stream[k])
+        learner.begin(stream[2])
+        torch.manual_seed(2)
+        shaken(learner)
+        batch = stream[2].train.batch(torch.arange(9))
+        terms.append(strategy.loss(learner, batch, learner(batch))["lwf"])
+    assert torch.equal(*terms)
+    assert float(terms[0]) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [LwF, Distillation, ICaRL])
+def test_classes_kept_out_of_the_loss_are_distilled(tiny: Any, kind: Any) -> None:
+    """With logit_mask=experience old classes do not compete on new rows; their old answers must still be held."""
+    stream = tiny.stream()
+    found = []
+    for mask in ("all", "experience"):
+        strategy = kind(**{LwF: {"strength": 1.0}, Distillation: {"feature": "none"}, ICaRL: {"capacity": 12}}[kind])
+        learner = tiny.learner(strategy, stream, logit_mask=mask)
+        strategy.wrap(learner)
+        learner.begin(stream[0])
+        learner.end(stream[0])
+        learner.begin(stream[1])
+        torch.manual_seed(2)
+        shaken(learner)
+        batch = stream[1].train.batch(torch.arange(9))
+        output = learner(batch)
+        loss = strategy.loss(learner, batch, output)
+        value = loss["lwf"] if loss else strategy.objective(learner, batch, output)
+        if kind is Distillation:
+            value = value - (1 - weight_of_classes(2, 4)) * learner.objective(output.logits, batch)
+        value.backward()
+        grad = learner.net.head.linear.weight.grad
+        assert isinstance(grad, Tensor)
+        found.append(grad[:2])  # rows of the old classes
+    torch.testing.assert_close(*found)
+    assert float(found[1].abs().max()) > 1e-3
+
+
 def test_lwf_is_nothing_at_the_teacher_and_before_it(tiny: Any) -> None:
     stream = tiny.stream()
     strategy = LwF(strength=1.0)
@@ -109,6 +174,23 @@ def test_lwf_takes_one_strength_an_experience_and_may_leave_replayed_rows(tiny: 
             first = batch.rows(torch.arange(5))
             torch.testing.assert_close(terms[-1], strategy.loss(learner, first, learner(first))["lwf"])
     torch.testing.assert_close(terms[0], 2 * terms[1])
+
+
+def test_lwf_of_tags_leaves_replayed_rows_and_unscored_steps(tiny: Any) -> None:
+    strategy = LwF(strength=1.0, replayed=False)
+    learner, batch = tagged(strategy)
+    strategy.wrap(learner)
+    data = TensorData(batch.x, batch.y)
+    experience = Experience(0, "0", (), train=data, test=data)
+    learner.begin(experience)
+    learner.end(experience)
+    shaken(learner)
+    source = torch.tensor([0, 1] * 4, dtype=torch.uint8)
+    joined = replace(batch, source=source)
+    old = strategy.teacher(batch).logits[::2, :3] / 2
+    output = learner(joined)
+    right = F.kl_div((output.logits[::2, :3] / 2).log_softmax(-1), old.softmax(-1), reduction="none").sum(-1).mean()
+    torch.testing.assert_close(strategy.loss(learner, joined, output)["lwf"], right)
 
 
 def test_the_teacher_does_not_move(tiny: Any) -> None:
@@ -141,6 +223,22 @@ def test_a_centre_moves_half_way_by_rate_for_one_example(tiny: Any) -> None:
     torch.testing.assert_close(strategy.centers[3], moved)
     rest = torch.arange(6) != 3
     assert torch.equal(strategy.centers[rest], before[rest])
+
+
+def test_steps_that_are_not_scored_move_no_centre(tiny: Any) -> None:
+    strategy = CenterLoss(strength=1.0, rate=0.5)
+    learner, batch = tagged(strategy)
+    strategy.wrap(learner)
+    assert isinstance(strategy.centers, Tensor)
+    output = learner(batch)
+    y, features = batch.y[:, :3].flatten(), output.features[:, :3].flatten(0, 1).detach()
+    torch.testing.assert_close(
+        strategy.loss(learner, batch, output)["center_loss"], 0.5 * features.square().sum(-1).mean()
+    )
+    with torch.no_grad():
+        strategy.after_step(learner, batch, output)
+    right = torch.stack([0.5 * features[y == c].sum(0) / (1 + (y == c).sum()) for c in range(4)])
+    torch.testing.assert_close(strategy.centers, right)
 
 
 def test_centres_become_class_means_on_features_that_stay(tiny: Any) -> None:

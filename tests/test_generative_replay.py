@@ -105,6 +105,66 @@ def test_the_loss_by_hand_in_the_third_experience(tiny: Any, labels: str) -> Non
     torch.testing.assert_close(strategy.objective(learner, batch, output), right)
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("mask", ["seen", "experience"])
+def test_the_past_is_compared_among_the_classes_that_compete(tiny: Any, labels: str, mask: str) -> None:
+    """A shared head answers with classes not met yet too: masked ones would make the loss infinite."""
+    stream = tiny.stream()
+    strategy = GenerativeReplay(rows=40, hidden=8, latent=2, labels=labels)
+    learner = tiny.learner(strategy, stream, logit_mask=mask)
+    strategy.wrap(learner)
+    learner.begin(stream[0])
+    with torch.no_grad():
+        learner.net.head.linear.bias[4:] += 1.0  # not met before the third experience
+    learner.end(stream[0])
+    learner.begin(stream[1])
+    with torch.no_grad():
+        learner.net.head.linear.bias[0] += 0.5
+    batch = stream[1].train.batch(torch.arange(9))
+    strategy.batch(learner, batch)
+    made = strategy._generated
+    assert made is not None and bool((made.y < 4).all())
+    output = learner(batch)
+    past = 2 * strategy.objective(learner, batch, output) - learner.objective(output.logits, batch)
+    if labels == "hard":
+        right = learner.objective(learner(made).logits, made)
+    else:
+        old, new = strategy.teacher(made).logits, learner.net(made).logits
+        allowed = learner.together[made.y] if mask == "experience" else learner.seen.expand(len(made), -1)
+        p, q = ((z / 2).masked_fill(~allowed, -1e9).softmax(-1) for z in (old, new))
+        right = 4 * torch.where(allowed, p * (p / q).log(), 0).sum(-1).mean()
+    torch.testing.assert_close(past, right)
+
+
+def test_the_generators_optimiser_follows_its_weights_after_a_resume(tiny: Any) -> None:
+    """Weights are loaded on the CPU and moved afterwards; here they change their type instead of the device."""
+    stream = tiny.stream()
+    learners = []
+    for _ in range(2):
+        strategy = GenerativeReplay(rows=5, hidden=8, latent=2)
+        learner = tiny.learner(strategy, stream)
+        strategy.wrap(learner)
+        learners.append((learner, strategy))
+    (learner, strategy), (other, resumed) = learners
+    learner.begin(stream[0])
+    batch = stream[0].train.batch(torch.arange(9))
+    strategy.batch(learner, batch)
+    strategy.after_step(learner, batch, learner(batch))
+    other.load_state_dict(learner.state_dict())
+    assert resumed.get_extra_state()["optimizer"] is not None  # a checkpoint before anything else would have it too
+    other.double()
+    other.enter(stream[0])
+    batch = replace(batch, x=batch.x.double())
+    resumed._random.set_state(strategy._random.get_state())
+    z = torch.randn(9, 2, dtype=torch.float64)
+    resumed._normal = lambda rows, like: z  # type: ignore[method-assign]
+    resumed.batch(other, batch)
+    resumed.after_step(other, batch, other(batch))
+    assert resumed.optimizer is not None
+    moments = list(resumed.optimizer.state.values())
+    assert moments and all(s["exp_avg"].dtype == torch.float64 and int(s["step"]) == 2 for s in moments)
+
+
 def test_nothing_is_generated_in_the_first_experience(tiny: Any) -> None:
     stream, strategy = tiny.stream(), GenerativeReplay(rows=5, hidden=8, latent=2)
     learner = begun(tiny, strategy, stream, index=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,18 @@ import torch
 from torch import Tensor
 
 from clplat.learners.learner import Learner
-from clplat.learners.nets.net import Output
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.heads import GrowingHead, Head
+from clplat.learners.nets.mlp import mlp
+from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.recurrent import recurrent
+from clplat.learners.objectives import objective_for
 from clplat.strategies.mas import MAS
 from clplat.strategies.rwalk import RWalk
 from clplat.strategies.si import SI
 from clplat.strategy import Composite, Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.data import TensorData
+from clplat.streams.experience import UNSCORED, Batch, Experience
 
 
 class Diary(Strategy):
@@ -120,6 +127,31 @@ def test_mas_is_the_mean_absolute_gradient_of_single_examples(tiny: Any, batch_s
         strategy.after_experience(learner, doubled)
     for n, r in total.items():
         torch.testing.assert_close(strategy.past.importances()[n], r, rtol=1e-9, atol=1e-12)
+
+
+def test_mas_counts_offered_logits_on_scored_steps_only(tiny: Any) -> None:
+    stream = tiny.stream()
+    grown = Learner(
+        mlp(Inputs(features=5, steps=0), partial(GrowingHead, outputs=6), hidden=[7]), objective_for("class")
+    )
+    grown.shape_for(stream[0])
+    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
+    y = torch.randint(0, 4, (8, 6))
+    y[:, 3:] = UNSCORED
+    tags = TensorData(torch.randint(0, 7, (8, 6)), y)
+    tagged = Learner(net, objective_for("tag"))
+    for learner, experience in ((grown, stream[0]), (tagged, Experience(0, "", (), train=tags, test=tags))):
+        strategy, weights, data = MAS(strength=1.0, examples=None), learner.weights(), experience.train
+        strategy.after_experience(learner, experience)
+        right = {n: torch.zeros_like(w) for n, w in weights.items()}
+        for i in torch.arange(len(data)).split(1):
+            logits = learner(data.batch(i)).logits
+            norm = (logits[:, :2] if learner is grown else logits[:, :3]).square().sum()
+            for n, g in zip(right, torch.autograd.grad(norm, list(weights.values())), strict=True):
+                right[n] += g.abs() / len(data)
+        for n, importance in strategy.past.importances().items():
+            torch.testing.assert_close(importance, right[n], rtol=1e-4, atol=1e-5)
 
 
 class _Double:

@@ -17,23 +17,27 @@ from torch.nn import functional as F
 from clplat.buffers import Ranked
 from clplat.herding import herding
 from clplat.learners.learner import Learner
-from clplat.learners.nets.heads import GrowingHead
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.strategies.agem import AGEM
 from clplat.strategies.agem import project as project_average
 from clplat.strategies.der import DER
 from clplat.strategies.er_ace import ERACE
+from clplat.strategies.freeze import Freeze
 from clplat.strategies.gdumb import GDumb, Greedy
 from clplat.strategies.gem import GEM, solve_dual
 from clplat.strategies.gem import project as project_all
 from clplat.strategies.icarl import ICaRL
+from clplat.strategies.joint import Joint
 from clplat.strategies.mir import MIR
 from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import TensorData
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import UNSCORED, Batch, Experience
 
 
 def rows(n: int, classes: tuple[int, int] = (0, 2), seed: int = 0) -> Batch:
@@ -99,6 +103,23 @@ def test_der_ignores_logits_that_a_growing_head_did_not_offer(tiny: Any) -> None
     assert float(term) == pytest.approx(0.25, rel=1e-5)  # both logits that were offered moved by a half
 
 
+def test_der_holds_logits_on_scored_steps_only() -> None:
+    strategy = DER(capacity=50, alpha=1.0, beta=0.0)
+    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
+    learner = Learner(net, objective_for("tag"), strategy)
+    y = torch.randint(0, 4, (8, 6))
+    y[:, 3:] = UNSCORED
+    batch = Batch(torch.randint(0, 7, (8, 6)), y)
+    strategy.after_step(learner, batch, learner(batch))
+    with torch.no_grad():
+        net.head.linear.weight.mul_(1.5)
+    strategy.batch(learner, batch)
+    drawn = strategy._drawn[0]
+    term = strategy.loss(learner, batch, learner(batch))["der_logits"]
+    torch.testing.assert_close(term, F.mse_loss(learner(drawn).logits[:, :3], drawn.extra["logits"][:, :3]))
+
+
 # ER-ACE
 
 
@@ -118,6 +139,26 @@ def test_er_ace_by_hand(tiny: Any) -> None:
     torch.testing.assert_close(strategy.objective(learner, both, output), current + replayed)
     (slope,) = torch.autograd.grad(strategy.objective(learner, new, learner(new)), learner.net.head.linear.bias)
     assert not bool(slope[:2].any())  # the current rows do not push old classes down
+
+
+def test_er_ace_and_icarl_weigh_rows(tiny: Any) -> None:
+    weight = torch.tensor([2.0, 0.0, 1.0, 0.0, 3.0, 0.0])
+    whole, stream = rows(6), tiny.stream()
+    for strategy in (ERACE(capacity=50), ICaRL(capacity=12)):
+        learner = tiny.learner(strategy, stream)
+        strategy.wrap(learner)
+        learner.begin(stream[0])
+        batch = replace(whole, weight=weight)
+        found = strategy.objective(learner, batch, learner(batch))
+        each = torch.stack(
+            [strategy.objective(learner, one, learner(one)) for one in map(whole.rows, torch.arange(6).split(1))]
+        )
+        if isinstance(strategy, ERACE):  # alone, a row has the classes of its own batch: both classes occur here
+            logits = learner(whole).logits[:, :2]
+            each, count = F.cross_entropy(logits, whole.y, reduction="none"), 6.0
+        else:
+            count = float(weight.sum())
+        torch.testing.assert_close(found, (each * weight).sum() / count)
 
 
 # A-GEM and GEM
@@ -200,6 +241,18 @@ def test_a_step_projects_the_gradient_of_the_batch(tiny: Any, kind: Any) -> None
     assert not torch.equal(grads(learner), own)  # new classes harm old ones here
 
 
+@pytest.mark.parametrize("kind", ["agem", "gem"])
+def test_projections_keep_full_precision_under_autocast(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    own = torch.randn(3000, generator=g)
+    past = torch.randn(3, 3000, generator=g) - 0.3 * own
+    past[1] = past[0] + 0.01 * past[1]  # nearly the same constraint twice
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = project_average(own, past[0]) if kind == "agem" else project_all(own, past, margin=0.0)
+    right = project_average(own, past[0]) if kind == "agem" else project_all(own, past, margin=0.0)
+    torch.testing.assert_close(found, right)
+
+
 def test_gem_keeps_the_latest_rows_or_a_sample(tiny: Any) -> None:
     stream = tiny.stream()
     for policy, right in (("latest", stream[0].train.x[-10:]), ("uniform", None)):
@@ -280,26 +333,52 @@ def test_greedy_evictions_are_uniform() -> None:
 
 
 def test_gdumb_trains_on_its_memory_from_the_initial_weights(tiny: Any) -> None:
-    seen: list[tuple[set[int], Tensor]] = []
+    seen: list[set[int]] = []
 
-    class Watch(Strategy):
+    class Recording(GDumb):
         def session(self, stream: Any, index: int, session: Session) -> Session:
+            session = super().session(stream, index, session)
             assert session.data is not None
-            seen.append((set(session.data.batch(torch.arange(len(session.data))).y.tolist()), torch.empty(0)))
+            seen.append(set(session.data.batch(torch.arange(len(session.data))).y.tolist()))
             assert len(session.data) == 30
             return session
 
+    class Watch(Strategy):
         def before_experience(self, learner: Learner, experience: Experience) -> None:
             starts.append(torch.cat([w.detach().flatten() for w in learner.weights().values()]))
 
     starts: list[Tensor] = []
-    learner = tiny.trained(Composite({"gdumb": GDumb(capacity=30), "watch": Watch()}))
-    assert [s[0] for s in seen] == [{0, 1}, {0, 1, 2, 3}, {0, 1, 2, 3, 4, 5}]
+    learner = tiny.trained(Composite({"gdumb": Recording(capacity=30), "watch": Watch()}))
+    assert seen == [{0, 1}, {0, 1, 2, 3}, {0, 1, 2, 3, 4, 5}]
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
     assert not torch.equal(starts[0], torch.cat([w.detach().flatten() for w in learner.weights().values()]))
 
 
+def test_gdumb_alone_chooses_what_is_trained(tiny: Any) -> None:
+    learner = tiny.learner(Composite({"gdumb": GDumb(capacity=30), "joint": Joint()}))
+    with pytest.raises(ValueError, match="cannot be combined with joint"):
+        learner.strategy.wrap(learner)
+
+
 # herding and iCaRL
+
+
+def test_gdumb_goes_with_frozen_layers(tiny: Any) -> None:
+    stream = tiny.stream()
+    learner = tiny.learner(Composite({"gdumb": GDumb(20), "freeze": Freeze(blocks=1, start=1)}), stream)
+    learner.strategy.wrap(learner)
+    first = deepcopy(learner.net.state_dict())
+    learner.begin(stream[0])
+    with torch.no_grad():
+        for p in learner.net.parameters():
+            p.add_(1.0)
+    moved = deepcopy(learner.net.state_dict())
+    learner.end(stream[0])
+    learner.begin(stream[1])
+    free = set(learner.weights())
+    assert free and len(free) < len(first)
+    for name, value in learner.net.named_parameters():
+        assert torch.equal(value, first[name] if name in free else moved[name])
 
 
 def test_herding_is_greedy() -> None:
@@ -339,6 +418,28 @@ def test_herded_replay_holds_the_first_in_herding_order(tiny: Any) -> None:
         order = herding(F.normalize(learner.features(Batch(members, members)).detach(), dim=-1), 6)
         held = strategy.buffer.contents()
         assert {tuple(x) for x in held.x[held.y == label].tolist()} == {tuple(x) for x in members[order].tolist()}
+
+
+def test_herded_replay_fills_the_shares_of_classes_that_come_again(tiny: Any) -> None:
+    strategy, stream = Replay(capacity=12, policy="herding", insert="after"), tiny.stream()
+    learner = tiny.learner(strategy, stream)
+    for k, classes in enumerate([(0, 1), (1, 2)]):
+        batch = rows(40, (classes[0], classes[1] + 1), seed=k)
+        data = TensorData(batch.x, batch.y)
+        strategy.after_experience(learner, Experience(k, str(k), classes, train=data, test=data))
+    assert strategy.buffer.contents().y.bincount().tolist() == [4, 4, 4]
+
+
+def test_icarl_never_answers_with_a_class_without_exemplars(tiny: Any) -> None:
+    strategy, stream = ICaRL(capacity=1), tiny.stream()
+    learner = tiny.learner(strategy, stream)
+    strategy.wrap(learner)
+    learner.begin(stream[0])
+    learner.end(stream[0])
+    held = strategy.exemplars.contents()
+    batch, features = rows(9), -learner.features(held).detach().expand(9, -1)  # as far from the exemplar as can be
+    answers = strategy.predict(learner, batch, torch.zeros(9, 6), features).argmax(-1)
+    assert torch.equal(answers, held.y.expand(9))
 
 
 def test_icarl_loss_by_hand(tiny: Any) -> None:
@@ -409,3 +510,15 @@ def test_icarl_trains_on_new_data_and_exemplars(tiny: Any) -> None:
 def test_wrong_options_are_refused(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def test_shares_by_experience_of_token_inputs(tiny: Any) -> None:
+    """Token ids are integers; the weights of rows are not."""
+    strategy = Replay(capacity=20, rows=4, weighting="experiences")
+    learner, stream = tiny.learner(strategy), tiny.stream()
+    batch = Batch(torch.randint(0, 7, (8, 6)), torch.zeros(8, dtype=torch.int64))
+    strategy.batch(learner, batch)
+    strategy.before_experience(learner, stream[2])
+    weight = strategy.batch(learner, batch).weight
+    assert weight is not None
+    torch.testing.assert_close(weight, torch.tensor([1 / 3 * 12 / 8] * 8 + [2 / 3 * 12 / 4] * 4))

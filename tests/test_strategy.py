@@ -169,6 +169,10 @@ def test_costs_and_needs_add_up(log: list[str]) -> None:
         }
     )
     assert both.passes == 6.0
+    both.strategies[0].passes = 4.0
+    nothing: Any = None
+    both.enter(nothing, nothing)
+    assert both.passes == 12.0
     assert both.needs == {"classes", "boundaries"}
     assert both.stored_bytes() == 3
 

@@ -31,7 +31,8 @@ class Learner(pl.LightningModule):
     """Net, objective, optimiser, schedule and strategy.
 
     One call of `training_step` takes one optimiser step for each batch of a chunk: Lightning's cost a call (about
-    0.4 ms) is paid once a chunk. Nothing in a step waits for the device.
+    0.4 ms) is paid once a chunk. Nothing in a step waits for the device, but what a strategy says does (GEM; two that
+    replay in one list, which pick out the current rows).
 
     Args:
         net: embedding, blocks, readout and head.
