@@ -58,7 +58,8 @@ def run(name: str, seed: int, overrides: list[str], output: Path, log: Path) -> 
         cfg = compose("train", [f"experiment={name}", f"seed={seed}", "tracking=none", "progress=false", *overrides])
     started = time.time()
     torch.set_num_threads(1)
-    metrics = train(cfg, output / name / str(seed), Names("stream", "learner", "+".join(cfg.strategy)))
+    folder = output / name / "_".join([str(seed), *(o.replace("/", "-") for o in overrides)])
+    metrics = train(cfg, folder, Names("stream", "learner", "+".join(cfg.strategy)))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=CONF).stdout
     line = key | {"metrics": metrics, "seconds": round(time.time() - started), "commit": commit.strip()}
     with log.open("a") as file:
