@@ -26,7 +26,8 @@ class GenerativeReplay(Strategy):
 
     for the learner, and alike for the generator, so that both remember all of the past. With `labels="soft"` the
     learner's old answers are distilled at a temperature instead of being taken as truth (van de Ven & Tolias 2018).
-    Nothing of the past is stored but the two nets. With task labels, each generated row is of a random earlier task.
+    Nothing of the past is stored but the two nets. With task labels, each generated row is of a random earlier task;
+    which of its steps are scored is taken from the current rows, where a stream scores only some.
 
     Deviation: the paper's generator is adversarial; this one is the variational one of van de Ven & Tolias, with GRUs.
 
@@ -146,7 +147,10 @@ class GenerativeReplay(Strategy):
             if batch.task is not None:
                 drawn = torch.randint(len(self.tasks), (count,), generator=self._random)
                 task = torch.tensor(self.tasks)[drawn].to(batch.x.device)
-            made = Batch(self.old.generate(z, uniform), batch.y[:1].expand(count, *batch.y.shape[1:]), task=task)
+            scored = learner.objective.scored(batch)
+            mask = None if scored is None else scored[torch.arange(count, device=scored.device) % len(batch)]
+            like = batch.y[:1].expand(count, *batch.y.shape[1:])
+            made = Batch(self.old.generate(z, uniform), like, mask=mask, task=task)
             logits = self.teacher(made).logits
             if learner.logit_mask != "all" and learner.objective.kind == "class":  # the learner masks these as well
                 logits = logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min)
@@ -169,7 +173,9 @@ class GenerativeReplay(Strategy):
             old = (old.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1)
             new = (logits.float() / self.temperature).log_softmax(-1)
             apart = (old.exp() * (old - new)).masked_fill(~offered, 0).sum(-1)
-            past = self.temperature**2 * apart.mean()
+            mask = self._generated.mask
+            mean = apart.mean() if mask is None else (apart * mask).sum() / mask.sum()
+            past = self.temperature**2 * mean
         return share * own + (1 - share) * past
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:

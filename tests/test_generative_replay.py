@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat.generator import SequenceVAE
+from clplat.learners.learner import Learner
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.heads import Head
+from clplat.learners.nets.net import Inputs
+from clplat.learners.nets.recurrent import recurrent
+from clplat.learners.objectives import objective_for
 from clplat.strategies.generative_replay import GenerativeReplay
 from clplat.strategy import Composite
-from clplat.streams.experience import Batch, StreamError
+from clplat.streams.experience import Batch, Experience, StreamError
 
 
 def noise(rows: int, latent: int = 2, seed: int = 0) -> Tensor:
@@ -163,6 +170,56 @@ def test_the_generators_optimiser_follows_its_weights_after_a_resume(tiny: Any) 
     assert resumed.optimizer is not None
     moments = list(resumed.optimizer.state.values())
     assert moments and all(s["exp_avg"].dtype == torch.float64 and int(s["step"]) == 2 for s in moments)
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_generated_rows_are_trained_on_scored_steps_only(labels: str) -> None:
+    strategy, data = GenerativeReplay(rows=5, hidden=8, labels=labels), FixedLength(6)
+    inputs = Inputs(vocabulary=2, steps=6, per_step=True)
+    net = recurrent(inputs, partial(Head, outputs=2), mixer=LSTM, hidden=8)
+    learner = Learner(net, objective_for("tag"), strategy)
+    strategy.wrap(learner)
+    learner.begin(Experience(0, "0", (), train=data, test=data))
+    learner.end(Experience(0, "0", (), train=data, test=data))
+    learner.begin(Experience(1, "1", (), train=data, test=data))
+    with torch.no_grad():
+        for p in learner.net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    batch = data.batch(torch.arange(3))
+    strategy.batch(learner, batch)
+    made = strategy._generated
+    assert made is not None and made.mask is not None
+    assert torch.equal(made.mask, batch.mask[[0, 1, 2, 0, 1]])  # type: ignore[index]  # it has one
+    old, new = strategy.teacher(made).logits[made.mask], learner(made).logits[made.mask]
+    if labels == "hard":
+        past = F.cross_entropy(new, old.argmax(-1))
+    else:
+        past = 4 * F.kl_div((new / 2).log_softmax(-1), (old / 2).softmax(-1), reduction="batchmean")
+    output = learner(batch)
+    right = 0.5 * learner.objective(output.logits, batch) + 0.5 * past
+    torch.testing.assert_close(strategy.objective(learner, batch, output), right)
+
+
+class FixedLength:
+    """Tagged sequences of bits, of one length; a different half of the steps is scored in each."""
+
+    def __init__(self, steps: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randint(0, 2, (40, steps), generator=generator)
+        self.mask = torch.rand(40, steps, generator=generator) < 0.5
+        self.mask[:, 0] = True
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch(self, index: Tensor) -> Batch:
+        return Batch(self.x[index], self.x[index], mask=self.mask[index])
+
+    def batches(self, indices: Any) -> Any:
+        return map(self.batch, indices)
+
+    def targets(self) -> None:
+        return None
 
 
 def test_nothing_is_generated_in_the_first_experience(tiny: Any) -> None:
