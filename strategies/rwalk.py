@@ -21,9 +21,10 @@ class RWalk(Strategy):
         F <- alpha g^2 + (1 - alpha) F at every step                                                (EWC++, eq. 6)
         s <- s + [sum of -g_i * change of theta_i] / (F_i (change over the interval)^2 / 2 + eps)   (eq. 7)
 
-    where an interval is `interval` steps (the steps after the last whole one of an experience do not count). After an experience s is averaged with that of the past, and negative s
-    count as 0. g is the gradient of a batch, not of single examples, as the paper has it for its running F; it is
-    that of everything but this penalty, taken from the training pass itself (the paper's other passes cost double).
+    where an interval is `interval` steps (the steps after the last whole one of an experience do not count). After an
+    experience s is averaged with that of the past, and negative s count as 0. g is the gradient of a batch, not of
+    single examples, as the paper has it for its running F; it is that of everything but this penalty, taken from the
+    training pass itself (the paper's other passes cost double).
 
     Args:
         strength: lambda; 0 is finetuning.
