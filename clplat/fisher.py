@@ -4,7 +4,8 @@
 
 with y from the model ("exact": the expectation in full; "sampled": one draw) or from the data ("empirical"), as named
 by van de Ven (2025). His "batched" is here too, for comparison: the square of a batch's mean gradient, which is not a
-Fisher information, depends on the batch size, and needs a strength orders of magnitude larger. log p of a sequence is the sum over its scored steps, and the square is taken of that sum.
+Fisher information, depends on the batch size, and needs a strength orders of magnitude larger. log p of a sequence is
+the sum over its scored steps, and the square is taken of that sum.
 
 Letters: B batch, T time, C classes, O outputs.
 """
