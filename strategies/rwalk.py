@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, _foreach_addcmul_, _foreach_mul_, _foreach_sub  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
+from torch import Tensor, _foreach_addcmul_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
 
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.named import NamedTensors
+from clplat.path import Before, after_step, before_step
 from clplat.penalty import Quadratic
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
@@ -51,7 +52,7 @@ class RWalk(Strategy):
         self.fisher, self.score, self.old_score = NamedTensors(), NamedTensors(), NamedTensors()
         self.gain, self.start = NamedTensors(), NamedTensors()  # of the current interval
         self.steps = 0
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # of the current step: weights and gradients
+        self._before: Before = {}  # of the current step
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """The path begins anew; the running F goes on."""
@@ -76,27 +77,19 @@ class RWalk(Strategy):
         if self.strength == 0:
             return
         fisher = self.fisher.views()
-        found = {n: p for n, p in learner.weights().items() if p.grad is not None and n in fisher}
-        grads = {n: p.grad.clone() for n, p in found.items() if p.grad is not None}
-        importance, anchor = self.past.importances(), self.past.anchors()
-        own = [n for n in grads if n in importance]
-        if own:
-            drift = _foreach_sub([found[n].detach() for n in own], [anchor[n] for n in own])
-            _foreach_addcmul_([grads[n] for n in own], [importance[n] for n in own], drift, value=-2 * self.strength)
+        self._before = before_step(learner.weights(), fisher, self.past, 2 * self.strength)
+        grads = {n: gradient for n, (_, gradient) in self._before.items()}
         first = self.steps == 0 and not self.past  # a mean needs something to start from
         decayed, alpha = [fisher[n] for n in grads], 1.0 if first else self.alpha
         _foreach_mul_(decayed, 1 - alpha)
         _foreach_addcmul_(decayed, list(grads.values()), list(grads.values()), value=alpha)
-        self._before = {n: (p.detach().clone(), grads[n]) for n, p in found.items()}
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
         """Add the step to the path; at the end of an interval update the scores."""
         if not self._before:
             return
         weights, gain = learner.weights(), self.gain.views()
-        names = [n for n in self._before if n in weights]
-        change = _foreach_sub([weights[n].detach() for n in names], [self._before[n][0] for n in names])
-        _foreach_addcmul_([gain[n] for n in names], [self._before[n][1] for n in names], change, value=-1)
+        names = after_step(gain, self._before, weights)
         self._before = {}
         self.steps += 1
         if self.steps % self.interval:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, _foreach_addcmul_, _foreach_sub  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
+from torch import Tensor
 
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.named import NamedTensors
+from clplat.path import Before, after_step, before_step
 from clplat.penalty import Quadratic
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
@@ -47,7 +48,7 @@ class SI(Strategy):
         self.strength, self.damping, self.clip_negative = strength, damping, clip_negative
         self.past = Quadratic()
         self.path, self.start = NamedTensors(), NamedTensors()  # omega so far, and the weights before the experience
-        self._before: dict[str, tuple[Tensor, Tensor]] = {}  # of the current step: weights and gradients
+        self._before: Before = {}  # of the current step
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """A new path begins."""
@@ -66,23 +67,13 @@ class SI(Strategy):
         """Note the weights and the task's gradient before the optimiser moves."""
         if self.strength == 0:
             return
-        found = {n: p for n, p in learner.weights().items() if p.grad is not None and n in self.path.views()}
-        grads = {n: p.grad.clone() for n, p in found.items() if p.grad is not None}
-        importance, anchor = self.past.importances(), self.past.anchors()
-        own = [n for n in grads if n in importance]
-        if own:
-            drift = _foreach_sub([found[n].detach() for n in own], [anchor[n] for n in own])
-            _foreach_addcmul_([grads[n] for n in own], [importance[n] for n in own], drift, value=-2 * self.strength)
-        self._before = {n: (p.detach().clone(), grads[n]) for n, p in found.items()}
+        self._before = before_step(learner.weights(), self.path.views(), self.past, 2 * self.strength)
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
         """Add the step to the path."""
         if not self._before:
             return
-        weights, path = learner.weights(), self.path.views()
-        names = [n for n in self._before if n in weights]
-        change = _foreach_sub([weights[n].detach() for n in names], [self._before[n][0] for n in names])
-        _foreach_addcmul_([path[n] for n in names], [self._before[n][1] for n in names], change, value=-1)
+        after_step(self.path.views(), self._before, learner.weights())
         self._before = {}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
