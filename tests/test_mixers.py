@@ -1,4 +1,4 @@
-"""The laws of DESIGN's mixers, once for all of them, and each mixer against its formulas.
+"""The laws of mixers, once for all of them, and each mixer against its formulas.
 
 Letters: B batch, T time, D input features, H hidden, N heads, d features a head.
 """
