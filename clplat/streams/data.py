@@ -155,15 +155,7 @@ class UnionData:
 
     def batch(self, index: Tensor) -> Batch:
         """The examples `index` [B]: one gather a part that occurs among them."""
-        part = torch.bucketize(index, self.ends, right=True)
-        order, pieces = [], []
-        for p in part.unique().tolist():
-            here = (part == p).nonzero().squeeze(1)
-            start = int(self.ends[p]) - len(self.parts[p])
-            order.append(here)
-            pieces.append(self.parts[p].batch(index[here] - start))
-        whole = concatenate(pieces).rows(torch.cat(order).argsort())
-        return replace(whole, index=index)
+        return replace(gather(index, self.ends, lambda p, own: self.parts[p].batch(own)), index=index)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """One batch for each entry of `indices`."""
@@ -173,6 +165,23 @@ class UnionData:
         """[N] classes of all parts, or None if one part has none."""
         parts = [p.targets() for p in self.parts]
         return None if any(t is None for t in parts) else torch.cat([t for t in parts if t is not None])
+
+
+def gather(index: Tensor, ends: Tensor, read: Callable[[int, Tensor], Batch]) -> Batch:
+    """The examples `index` [B] of several sets that stand one behind the other, by one read a set that occurs.
+
+    Args:
+        index: [B] int64.
+        ends: [parts] the number of examples up to the end of each set.
+        read: gives the rows of a set by their numbers in it.
+    """
+    part = torch.bucketize(index, ends, right=True)
+    order, pieces = [], []
+    for p in part.unique().tolist():
+        here = (part == p).nonzero().squeeze(1)
+        order.append(here)
+        pieces.append(read(p, index[here] - (int(ends[p - 1]) if p else 0)))
+    return concatenate(pieces).rows(torch.cat(order).argsort())
 
 
 class BatchData:

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import Batch, Data, StreamError, concatenate
+from clplat.streams.data import gather
+from clplat.streams.experience import Batch, Data, StreamError
 
 WEIGHED = 256
 """Examples that `data_bytes` looks at."""
@@ -43,14 +44,7 @@ class MixedData:
 
     def batch(self, index: Tensor) -> Batch:
         """The examples `index` [B]: one gather a part that occurs among them."""
-        part = torch.bucketize(index, self.ends, right=True)
-        order, pieces = [], []
-        for p in part.unique().tolist():
-            here = (part == p).nonzero().squeeze(1)
-            own = self.rows[p].index_select(0, index[here] - (int(self.ends[p]) - len(self.rows[p])))
-            order.append(here)
-            pieces.append(self._marked(self.parts[p].batch(own), replayed=p > 0))
-        return concatenate(pieces).rows(torch.cat(order).argsort())
+        return gather(index, self.ends, self._read)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """One batch for each entry of `indices`."""
@@ -63,7 +57,8 @@ class MixedData:
             return None
         return torch.cat([t.index_select(0, r) for t, r in zip(found, self.rows, strict=True) if t is not None])
 
-    def _marked(self, batch: Batch, replayed: bool) -> Batch:
+    def _read(self, part: int, rows: Tensor) -> Batch:
+        batch, replayed = self.parts[part].batch(self.rows[part].index_select(0, rows)), part > 0
         if not replayed and batch.source is not None:  # a mixture itself
             return batch
         return replace(batch, source=torch.full((len(batch),), int(replayed), dtype=torch.uint8))
