@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from clplat.generated_weights import GeneratedWeights
 from clplat.learners.learner import Learner
 from clplat.learners.nets.hyper import ACTS, Chunked, Full, GeneratedNet, Generator, Piece, TaskEmbeddings
 from clplat.learners.nets.net import Output
-from clplat.learners.nets.per_task import label_of
 from clplat.output_regularizer import OutputRegularizer, orthogonality
-from clplat.proposed_step import check_known
-from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch
 from clplat.streams.loader import stable_seed
-from clplat.task_strategies import check_answer, check_company, surest
-
-log = logging.getLogger(__name__)
 
 KINDS = ("full", "chunked")
 
 
-class Hypernetwork(Strategy):
+class Hypernetwork(GeneratedWeights):
     """Every task's weights W_t = h(e_t, Theta) come from one hypernetwork, which is held where it is for old tasks.
 
         loss = task loss + beta / (t - 1) * sum_{j<t} || h(e_j, Theta*) - h(e_j, Theta + dTheta) ||^2     (eq. 2)
@@ -61,8 +55,6 @@ class Hypernetwork(Strategy):
         ValueError: an option that is not allowed.
     """
 
-    needs = frozenset({"boundaries"})
-
     def __init__(
         self,
         beta: float,
@@ -80,12 +72,11 @@ class Hypernetwork(Strategy):
         orthogonal: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.name = "hypernetwork" if kind == "full" else "chunked_hypernetwork"
+        name = "hypernetwork" if kind == "full" else "chunked_hypernetwork"
         if kind not in KINDS:
             raise ValueError(f"hypernetwork.kind: got {kind!r}, allowed are 'full' and 'chunked'.")
         if act not in ACTS:
-            raise ValueError(f"{self.name}.act: got {act!r}, allowed are {', '.join(map(repr, ACTS))}.")
+            raise ValueError(f"{name}.act: got {act!r}, allowed are {', '.join(map(repr, ACTS))}.")
         for option, size in (
             ("embedding", embedding),
             ("chunk", chunk),
@@ -93,39 +84,32 @@ class Hypernetwork(Strategy):
             *(("hidden", n) for n in hidden),
         ):
             if size < 1:
-                raise ValueError(f"{self.name}.{option}: got {size}, it must be at least 1.")
+                raise ValueError(f"{name}.{option}: got {size}, it must be at least 1.")
         for option, size in (("embedding_std", embedding_std), ("code_std", code_std)):
             if not size > 0:
-                raise ValueError(f"{self.name}.{option}: got {size}, it must be above 0.")
+                raise ValueError(f"{name}.{option}: got {size}, it must be above 0.")
         if orthogonal < 0:
-            raise ValueError(f"{self.name}.orthogonal: got {orthogonal}, it must be at least 0.")
+            raise ValueError(f"{name}.orthogonal: got {orthogonal}, it must be at least 0.")
+        super().__init__(
+            name,
+            TaskEmbeddings(embedding, embedding_std, seed),
+            OutputRegularizer(name, beta, 0.0, lookahead, subset, targets, stable_seed(seed, "subset")),
+        )
         self.kind, self.hidden, self.act, self.chunk = kind, tuple(hidden), act, chunk
         self.embedding, self.embedding_std, self.code, self.code_std = embedding, embedding_std, code, code_std
         self.orthogonal, self.seed = orthogonal, seed
-        self.tasks = TaskEmbeddings(embedding, embedding_std, seed)
-        self.past = OutputRegularizer(self.name, beta, 0.0, lookahead, subset, targets, stable_seed(seed, "subset"))
 
     def wrap(self, learner: Learner) -> None:
-        """Let the hypernetwork generate the weights of the learner's net."""
-        check_company(self.name, learner)
-        if self.past.lookahead and self.past.beta:
-            check_known(f"{self.name}.lookahead", learner.make_optimizer)
-        learner.net = net = GeneratedNet(learner.net, self.tasks, self._generator)
+        """Let the hypernetwork generate the weights of the learner's net.
+
+        Raises:
+            ValueError: `orthogonal` and a net without recurrent matrices; a company that cannot be (see
+                `check_company`).
+        """
+        super().wrap(learner)
         if self.orthogonal:
-            orthogonality(net.weights_for(0))
-        size = sum(p.numel() for p in net.generator.parameters())
-        log.info("%s: %d parameters generate %d weights", self.name, size, net.size)
-
-    def enter(self, learner: Learner, experience: Experience) -> None:
-        """The experience's task is the active one."""
-        self.tasks.active = label_of(experience)
-
-    def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """A new embedding; what the learned ones give now is the target."""
-        check_answer(self.name, learner, experience)
-        self.tasks.start(label_of(experience))
-        assert isinstance(learner.net, GeneratedNet)
-        self.past.remember(learner.net)
+            assert isinstance(learner.net, GeneratedNet)
+            orthogonality(learner.net.weights_for(0))
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         """The orthogonality of recurrent matrices, if asked for."""
@@ -134,20 +118,8 @@ class Hypernetwork(Strategy):
         assert isinstance(learner.net, GeneratedNet) and self.tasks.active is not None
         return {"orthogonal": self.orthogonal * orthogonality(learner.net.weights_for(self.tasks.active))}
 
-    def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Add those of the regularisation."""
-        assert isinstance(learner.net, GeneratedNet) and learner.optimizer is not None
-        self.past.add_gradients(learner.net, learner.optimizer)
-
-    def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
-        """Without task labels: the answer of the task that is surest."""
-        return surest(learner, batch, logits)
-
-    def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """The embedding stays as it is from now on."""
-        self.tasks.finish()
-
-    def _generator(self, pieces: Sequence[Piece]) -> Generator:
+    def generator(self, pieces: Sequence[Piece]) -> Generator:
+        """An MLP, whole or chunk by chunk."""
         random = torch.Generator().manual_seed(stable_seed(self.seed, "hypernetwork"))
         if self.kind == "full":
             return Full(pieces, self.embedding, self.embedding_std, self.hidden, self.act, random)

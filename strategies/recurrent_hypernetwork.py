@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from clplat.generated_weights import GeneratedWeights
 from clplat.learners.learner import Learner
 from clplat.learners.nets.hyper import GeneratedNet, Generator, Piece, Recurrent, TaskEmbeddings
 from clplat.learners.nets.per_task import label_of
 from clplat.named import NamedTensors
 from clplat.output_regularizer import OutputRegularizer
 from clplat.penalty import Quadratic
-from clplat.proposed_step import check_known
-from clplat.strategy import Composite, Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.strategy import Composite
+from clplat.streams.experience import Experience
 from clplat.streams.loader import stable_seed
-from clplat.task_strategies import check_answer, check_company, surest
-
-log = logging.getLogger(__name__)
 
 
-class RecurrentHypernetwork(Strategy):
+class RecurrentHypernetwork(GeneratedWeights):
     """An LSTM generates each task's weights chunk by chunk, every chunk depending on those before it.
 
         s_l, c_l = LSTM([e_t; p_l], (s_{l-1}, c_{l-1})),   chunk_l of W_t = U s_l + b
@@ -55,8 +50,6 @@ class RecurrentHypernetwork(Strategy):
         ValueError: an option that is not allowed.
     """
 
-    needs = frozenset({"boundaries"})
-
     def __init__(
         self,
         beta: float,
@@ -73,7 +66,6 @@ class RecurrentHypernetwork(Strategy):
         targets: str = "weights",
         seed: int = 0,
     ) -> None:
-        super().__init__()
         for option, size in (("hidden", hidden), ("embedding", embedding), ("chunk", chunk), ("code", code)):
             if size < 1:
                 raise ValueError(f"recurrent_hypernetwork.{option}: got {size}, it must be at least 1.")
@@ -82,18 +74,18 @@ class RecurrentHypernetwork(Strategy):
                 raise ValueError(f"recurrent_hypernetwork.{option}: got {size}, it must be above 0.")
         if grow < 0:
             raise ValueError(f"recurrent_hypernetwork.grow: got {grow}, it must be at least 0 (0: it does not grow).")
+        super().__init__(
+            "recurrent_hypernetwork",
+            TaskEmbeddings(embedding, embedding_std, seed),
+            OutputRegularizer(
+                "recurrent_hypernetwork", beta, beta_state, lookahead, subset, targets, stable_seed(seed, "subset")
+            ),
+        )
         self.hidden, self.embedding, self.embedding_std, self.chunk = hidden, embedding, embedding_std, chunk
         self.code, self.code_std, self.grow, self.seed = code, code_std, grow, seed
-        self.tasks = TaskEmbeddings(embedding, embedding_std, seed)
-        self.past = OutputRegularizer(
-            "recurrent_hypernetwork", beta, beta_state, lookahead, subset, targets, stable_seed(seed, "subset")
-        )
 
     def wrap(self, learner: Learner) -> None:
         """Let the recurrent hypernetwork generate the weights of the learner's net."""
-        check_company("recurrent_hypernetwork", learner)
-        if self.past.lookahead and (self.past.beta or self.past.beta_state):
-            check_known("recurrent_hypernetwork.lookahead", learner.make_optimizer)
         if self.grow and learner.optimizer_state == "kept":
             raise ValueError(
                 f"recurrent_hypernetwork.grow: got {self.grow} with learner.optimizer_state=kept, and a kept state does "
@@ -106,40 +98,19 @@ class RecurrentHypernetwork(Strategy):
                         f"recurrent_hypernetwork.grow: got {self.grow}, and {other} keeps a value for each weight, in the "
                         f"shapes before growing: set grow=0, or drop {other}."
                     )
-        learner.net = net = GeneratedNet(learner.net, self.tasks, self._generator)
-        size = sum(p.numel() for p in net.generator.parameters())
-        log.info("recurrent_hypernetwork: %d parameters generate %d weights", size, net.size)
-
-    def enter(self, learner: Learner, experience: Experience) -> None:
-        """The experience's task is the active one."""
-        self.tasks.active = label_of(experience)
+        super().wrap(learner)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """Grow; a new embedding; what the learned ones give now is the target."""
-        check_answer("recurrent_hypernetwork", learner, experience)
-        net = learner.net
+        net, label = learner.net, label_of(experience)
         assert isinstance(net, GeneratedNet) and isinstance(net.generator, Recurrent)
-        label = label_of(experience)
         if self.grow and self.tasks.labels and label not in self.tasks.labels:
             random = torch.Generator().manual_seed(stable_seed(self.seed, "growth", experience.index))
             net.generator.grow(self.grow, random)
-        self.tasks.start(label)
-        self.past.remember(net)
+        super().before_experience(learner, experience)
 
-    def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Add those of the regularisation."""
-        assert isinstance(learner.net, GeneratedNet) and learner.optimizer is not None
-        self.past.add_gradients(learner.net, learner.optimizer)
-
-    def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
-        """Without task labels: the answer of the task that is surest."""
-        return surest(learner, batch, logits)
-
-    def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """The embedding stays as it is from now on."""
-        self.tasks.finish()
-
-    def _generator(self, pieces: Sequence[Piece]) -> Generator:
+    def generator(self, pieces: Sequence[Piece]) -> Generator:
+        """The LSTM."""
         random = torch.Generator().manual_seed(stable_seed(self.seed, "hypernetwork"))
         sizes = (self.embedding, self.embedding_std, self.hidden, self.chunk, self.code, self.code_std)
         return Recurrent(pieces, *sizes, random)
