@@ -23,6 +23,8 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,115 @@
+"""Compile every Triton kernel for GPUs that are not there, and print what it takes of them.
+
+    python benchmarks/compile_kernels.py [--arch 80 90] [--json FILE] [PATTERN ...]
+
+Registers, spills to local memory (must be none), shared memory and the width of global loads, of every entry of every
+`compilations()` in `kernels/*_triton.py`. Compilers and disassembler come with Triton's wheel: no CUDA is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes the default, and with it bits and speed
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clplat.kernels.triton_support import Compilation
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one block may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers a thread, bytes spilled, bytes of shared memory, kinds of loads."""
+
+    name: str
+    arch: int
+    aligned: bool
+    registers: int
+    spilled: int
+    shared: int
+    loads: list[str]
+    problems: list[str]
+
+
+def main() -> int:
+    """See the module's docstring; returns 1 if a kernel does not compile or breaks a limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", default=["*"], help="of kernel names")
+    parser.add_argument("--arch", nargs="*", type=int, default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    given = parser.parse_args()
+    found = [
+        compiled(one, arch, aligned)
+        for path in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py"))
+        for one in importlib.import_module(f"clplat.kernels.{path.stem}").compilations()
+        if any(fnmatch.fnmatch(one.name, pattern + "*") for pattern in given.patterns)
+        for arch in given.arch
+        for aligned in (True, False)
+    ]
+    if given.json:
+        given.json.write_text(json.dumps([dataclasses.asdict(r) for r in found], indent=1))
+    table = Table(box=None, title=f"Triton {triton.__version__}", title_justify="left")
+    for column in ("kernel", "sm", "aligned", "registers", "spilled", "shared", "loads", "problems"):
+        table.add_column(column, overflow="fold")
+    for r in found:
+        cells = (r.name, r.arch, r.aligned, r.registers, r.spilled, r.shared, " ".join(r.loads), "; ".join(r.problems))
+        table.add_row(*map(str, cells))
+    Console(width=200).print(table)
+    return int(any(r.problems for r in found) or not found)
+
+
+def compiled(one: Compilation, arch: int, aligned: bool) -> Resources:
+    """The figures of one kernel; `aligned` as Triton assumes for pointers and sizes that are multiples of 16."""
+    names = one.kernel.arg_names
+    kinds = {**one.pointers, **one.scalars, **dict.fromkeys(one.constants, "constexpr")}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds.get(n, "i32")[0] in "*i"}
+    source = ASTSource(
+        fn=one.kernel,
+        signature={n: kinds.get(n, "i32") for n in names},
+        constexprs=dict(one.constants),
+        attrs=attrs if aligned else None,
+    )
+    options = {"num_warps": one.warps, "num_stages": one.stages}
+    try:
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # any failure of the compiler is the finding
+        return Resources(one.name, arch, aligned, 0, 0, 0, [], [f"{type(error).__name__}: {error}"[-300:]])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
+    assert usage is not None, dump.stdout
+    registers, spilled = map(int, usage.groups())
+    loads = sorted(set(re.findall(r"ld\.global[.a-z0-9:]*", made.asm["ptx"])))
+    problems = []
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    if made.metadata.shared > SHARED_LIMIT[arch]:
+        problems.append(f"{made.metadata.shared} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
+    if one.vector and aligned and not any(".v" in load for load in loads):
+        problems.append("no vectorised load")
+    return Resources(one.name, arch, aligned, registers, spilled, made.metadata.shared, loads, problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

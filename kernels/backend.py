@@ -1,0 +1,70 @@
+"""Which code runs a recurrence: chosen by the tensor and by `backend=` at every call, never by the import.
+
+| back end | what it is | where |
+|---|---|---|
+| `reference` | a plain loop over time in torch, differentiated by autograd: the definition, and the oracle of the tests | anywhere |
+| `cpu` | kernels compiled by numba, or the fastest form in torch where there is no numba | CPU tensors |
+| `triton` | Triton kernels | CUDA tensors; CPU tensors under Triton's interpreter |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton")
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+State = tuple[Tensor, ...]
+"""What a recurrence remembers: tensors [B, ...], float32 (float64 for float64 inputs)."""
+
+
+def choose(backend: str | None, x: Tensor) -> str:
+    """The back end that runs on x: the one asked for, or the fastest that its device and dtype have.
+
+    Args:
+        backend: "reference", "cpu" or "triton"; None chooses.
+        x: one of the inputs.
+
+    Raises:
+        ValueError: an unknown back end, or one that cannot run on x's device.
+    """
+    if backend is None:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64):
+            return "reference"
+        if x.device.type == "cpu":
+            return "cpu"
+        return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, BACKENDS))} and None.")
+    if backend == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"backend='cpu' got a tensor on {x.device}: move it to the CPU, or leave backend out.")
+    if backend == "triton" and not (x.is_cuda or (x.device.type == "cpu" and interpreting())):
+        raise ValueError(
+            f"backend='triton' got a tensor on {x.device}: it needs a CUDA device, "
+            "or TRITON_INTERPRET=1 set before Python starts."
+        )
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend='triton': the package triton is not installed (pip install triton).")
+    return backend
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: slow, and for tests only."""
+    return HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 (and complex128) inputs, else float32: a state in half precision forgets what is small."""
+    return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def use_torch_threads() -> None:
+    """Let numba's parallel loops use as many threads as torch may."""
+    import numba
+
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))

@@ -1,0 +1,363 @@
+"""The laws of recurrent kernels, once for all of them: every op, every back end, every gradient.
+
+The reference back end is the definition, in float64 and differentiated by autograd; the others must equal it. Triton
+kernels run in its interpreter here, and on the device where there is one (`pytest -m gpu`).
+
+Letters: B batch, T time, D channels, N heads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clplat.kernels.backend import HAS_NUMBA, State, choose
+
+Op = Callable[..., tuple[Tensor, State]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op with the means to make its inputs; everything is float64 and drawn from a generator.
+
+    Attributes:
+        op: called as op(*inputs, *weights, initial_state, keep, reverse=..., backend=...).
+        inputs: (B, T, D, draw) -> tensors [B, T, ...].
+        weights: (D, draw) -> tensors without batch and time.
+        state: (B, D, draw) -> tensors [B, ...].
+        after: what of a final state is compared: (state) -> tensors; the identity but where a state has more than one
+            form that means the same (a stabiliser's scale).
+        sizes: D of the shape tests.
+        shape: (B, T, D) of the other tests.
+        small: D of gradcheck, opcheck and compilation.
+    """
+
+    op: Op
+    inputs: Callable[[int, int, int, Draw], tuple[Tensor, ...]]
+    state: Callable[[int, int, Draw], State]
+    weights: Callable[[int, Draw], tuple[Tensor, ...]] = lambda d, draw: ()
+    after: Callable[[State], State] = lambda state: state
+    sizes: tuple[int, ...] = (1, 40, 100)
+    small: int = 3
+    shape: tuple[int, int, int] = (3, 19, 40)
+    backends: tuple[str, ...] = ("cpu", "triton")
+
+
+class Draw:
+    """Draws float64 tensors.
+
+    Args:
+        seed: of its generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """Uniform in low..high."""
+        return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
+
+
+# Every op obeys every law below: a new one needs one entry here.
+CASES: dict[str, Case] = {}
+
+PAIRS = [(name, backend) for name, case in CASES.items() for backend in case.backends]
+each_op = pytest.mark.parametrize("name", CASES)
+each_backend = pytest.mark.parametrize(("name", "backend"), PAIRS)
+each_definition = pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "reference") for name in CASES), *(p for p in PAIRS if p[1] == "cpu")]
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Leaves of one call: inputs, weights, initial state, keep mask [B, T]."""
+
+    inputs: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    state: State
+    keep: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.inputs, *self.weights, *self.state]
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Given:
+        def moved(x: Tensor) -> Tensor:
+            kind = x.dtype if not (x.is_floating_point() or x.is_complex()) else dtype
+            if x.is_complex():
+                kind = torch.complex128 if dtype == torch.float64 else torch.complex64
+            return x.detach().to(device, kind).requires_grad_()
+
+        inputs, weights, state = (tuple(map(moved, part)) for part in (self.inputs, self.weights, self.state))
+        return Given(inputs, weights, state, self.keep.to(device))
+
+
+def given(name: str, b: int | None = None, t: int | None = None, d: int | None = None, seed: int = 1) -> Given:
+    case, draw = CASES[name], Draw(seed)
+    b, t, d = b or case.shape[0], t or case.shape[1], d or case.shape[2]
+    inputs, weights, state = case.inputs(b, t, d, draw), case.weights(d, draw), case.state(b, d, draw)
+    keep = torch.rand(b, t, generator=draw.generator) > 0.2
+    keep[0] = True
+    for x in (*inputs, *weights, *state):
+        x.requires_grad_()
+    return Given(inputs, weights, state, keep)
+
+
+def run(name: str, g: Given, backend: str, keep: bool = False, reverse: bool = False) -> list[Tensor]:
+    """y and the final state, as one list."""
+    case = CASES[name]
+    y, last = case.op(*g.inputs, *g.weights, g.state, g.keep if keep else None, reverse=reverse, backend=backend)
+    return [y, *case.after(last)]
+
+
+def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of an uneven sum of all outputs by all leaves."""
+    draw = Draw(3)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for o in outputs:
+        for part in (o.real, o.imag) if o.is_complex() else (o,):
+            total = total + (part.double() * draw.normal(*part.shape).to(o.device)).sum()
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Each tensor within a relative error in the Euclidean norm."""
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, i
+        assert a.isfinite().all(), f"tensor {i} is not finite"
+        wide = torch.complex128 if e.is_complex() else torch.float64
+        a, e = a.to("cpu", wide), e.to("cpu", wide)
+        scale = max(e.norm().item(), 1e-6 * e.numel() ** 0.5)
+        assert (a - e).norm().item() / scale <= tolerance, f"tensor {i}: {(a - e).norm().item() / scale:.1e}"
+
+
+def device_of(backend: str) -> torch.device:
+    return DEVICE if backend == "triton" else torch.device("cpu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@each_backend
+def test_values_and_gradients_equal_the_reference(name: str, backend: str, keep: bool, reverse: bool) -> None:
+    exact = given(name)
+    single = exact.to(torch.float32, device_of(backend))
+    expected, actual = run(name, exact, "reference", keep, reverse), run(name, single, backend, keep, reverse)
+    assert_near(actual, expected, 2e-6)
+    assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 63), (3, 65)])
+@each_backend
+def test_ugly_shapes(name: str, backend: str, shape: tuple[int, int]) -> None:
+    for size in CASES[name].sizes:
+        exact = given(name, *shape, size)
+        single = exact.to(torch.float32, device_of(backend))
+        expected, actual = run(name, exact, "reference", True), run(name, single, backend, True)
+        assert_near(actual, expected, 3e-6)
+        assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@each_definition
+def test_gradcheck(name: str, backend: str, reverse: bool) -> None:
+    """All inputs, the initial state too, and the final state's gradient live, against finite differences."""
+    g = given(name, 2, 5, CASES[name].small)
+    n, w = len(g.inputs), len(g.weights)
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        part = Given(leaves[:n], leaves[n : n + w], leaves[n + w :], g.keep)
+        return tuple(run(name, part, backend, True, reverse))
+
+    assert torch.autograd.gradcheck(call, tuple(g.leaves()))
+
+
+@pytest.mark.parametrize("cut", [1, 7, 18])
+@each_definition
+def test_cut_in_two_equals_the_whole(name: str, backend: str, cut: int) -> None:
+    g, op, after = given(name), CASES[name].op, CASES[name].after
+    early = tuple(x[:, :cut] for x in g.inputs)
+    late = tuple(x[:, cut:] for x in g.inputs)
+    whole = run(name, g, backend, True)
+    y1, between = op(*early, *g.weights, g.state, g.keep[:, :cut], backend=backend)
+    y2, last = op(*late, *g.weights, between, g.keep[:, cut:], backend=backend)
+    halves = [torch.cat([y1, y2], 1), *after(last)]
+    assert_near(halves, whole, 1e-12)
+    assert_near(gradients(halves, g.leaves()), gradients(whole, g.leaves()), 1e-10)
+
+
+@each_definition
+def test_keep_mask_equals_separate_documents(name: str, backend: str) -> None:
+    g, op, after = given(name), CASES[name].op, CASES[name].after
+    g.keep[1, 0] = False
+    whole = run(name, g, backend, True)
+    rows, lasts = [], []
+    for b in range(len(g.keep)):
+        starts = sorted({0, *(~g.keep[b]).nonzero().flatten().tolist()})
+        pieces = []
+        kept: State | None = None
+        for start, end in itertools.pairwise([*starts, g.keep.shape[1]]):
+            kept = tuple(s[b : b + 1] for s in g.state) if start == 0 and g.keep[b, 0] else None
+            y, kept = op(*(x[b : b + 1, start:end] for x in g.inputs), *g.weights, kept, backend=backend)
+            pieces.append(y)
+        assert kept is not None
+        rows.append(torch.cat(pieces, 1))
+        lasts.append(after(kept))
+    apart = [torch.cat(rows), *(torch.cat(parts) for parts in zip(*lasts, strict=True))]
+    assert_near(whole, apart, 1e-12)
+    assert_near(gradients(whole, g.leaves()), gradients(apart, g.leaves()), 1e-10)
+
+
+@each_definition
+def test_reverse_equals_a_flip_of_time(name: str, backend: str) -> None:
+    g = given(name)
+    flipped = Given(tuple(x.flip(1) for x in g.inputs), g.weights, g.state, g.keep.flip(1))
+    back, flip = run(name, g, backend, True, True), run(name, flipped, backend, True)
+    flip[0] = flip[0].flip(1)
+    assert_near(back, flip, 1e-12)
+    assert_near(gradients(back, g.leaves()), gradients(flip, g.leaves()), 1e-10)
+
+
+@each_backend
+def test_rows_do_not_depend_on_one_another(name: str, backend: str) -> None:
+    g = given(name).to(torch.float32, device_of(backend))
+    rows = torch.tensor([2, 0, 1], device=device_of(backend))
+    moved = Given(tuple(x[rows] for x in g.inputs), g.weights, tuple(s[rows] for s in g.state), g.keep[rows])
+    assert_near(run(name, moved, backend, True), [o[rows] for o in run(name, g, backend, True)], 1e-6)
+
+
+@each_backend
+def test_inputs_need_not_be_contiguous(name: str, backend: str) -> None:
+    g = given(name).to(torch.float32, device_of(backend))
+    strided = Given(
+        tuple(_strided(x) for x in g.inputs),
+        tuple(_strided(x) for x in g.weights),
+        tuple(_strided(x) for x in g.state),
+        g.keep.t().contiguous().t(),
+    )
+    whole, parts = run(name, g, backend, True), run(name, strided, backend, True)
+    assert_near(parts, whole, 1e-6)
+    assert_near(gradients(parts, strided.leaves()), gradients(whole, g.leaves()), 1e-6)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values, not contiguous in any dimension."""
+    wide = x.detach().repeat_interleave(2, -1)[..., ::2] if x.ndim else x.detach().clone()
+    return wide.requires_grad_()
+
+
+@each_backend
+def test_every_output_is_written(name: str, backend: str) -> None:
+    """Poisoned allocations: what a kernel leaves unwritten shows as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        g = given(name, 3, 33, CASES[name].sizes[-1]).to(torch.float32, device_of(backend))
+        outputs = run(name, g, backend, True)
+        found = gradients(outputs, g.leaves())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(t.isfinite().all() for t in [*outputs, *found])
+
+
+@each_backend
+def test_without_a_state_it_is_the_fresh_one(name: str, backend: str) -> None:
+    """None as initial state equals a keep mask that forgets the given one at the first step."""
+    g = given(name).to(torch.float32, device_of(backend))
+    keep = torch.ones_like(g.keep)
+    keep[:, 0] = False
+    op, after = CASES[name].op, CASES[name].after
+    y, last = op(*g.inputs, *g.weights, None, None, backend=backend)
+    y2, last2 = op(*g.inputs, *g.weights, g.state, keep, backend=backend)
+    assert_near([y, *after(last)], [y2, *after(last2)], 1e-6)
+
+
+@each_backend
+def test_half_precision_inputs(name: str, backend: str) -> None:
+    """bf16 inputs: the state stays float32, outputs and gradients are within what the storage rounds."""
+    g = given(name).to(torch.bfloat16, device_of(backend))
+    if any(x.is_complex() for x in g.inputs):
+        pytest.skip("there is no complex bf16")
+    g = Given(g.inputs, g.weights, tuple(s.detach().float().requires_grad_() for s in g.state), g.keep)
+    exact = g.to(torch.float64, torch.device("cpu"))
+    actual, expected = run(name, g, backend, True), run(name, exact, "reference", True)
+    assert actual[0].dtype == torch.bfloat16
+    assert all(s.dtype == torch.float32 for s in actual[1:])
+    # Triton's interpreter truncates where a GPU and torch round.
+    assert_near(actual[:1], expected[:1], 8e-3)
+    assert_near(actual[1:], expected[1:], 8e-3)
+    assert_near(gradients(actual, g.leaves()), gradients(expected, exact.leaves()), 2e-2)
+
+
+@each_op
+def test_opcheck(name: str) -> None:
+    """torch's own checks of a custom op: schema, fake tensors, autograd registration, ahead-of-time dispatch."""
+    g = given(name, 2, 5, CASES[name].small).to(torch.float32, torch.device("cpu"))
+    for args, kwargs in recorded_ops(partial(run, name, g, "cpu", True)):
+        torch.library.opcheck(*args, **kwargs)
+
+
+def recorded_ops(call: Callable[[], Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The calls of clplat's own ops within `call`, as arguments of opcheck."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "clplat":
+                fresh = [
+                    a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a
+                    for a in args
+                ]
+                seen.append(((func, tuple(fresh)), {"kwargs": kwargs or {}}))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        call()
+    assert seen, "no op of clplat was called"
+    return iter(seen)
+
+
+@each_op
+def test_compiles_without_graph_breaks(name: str) -> None:
+    g = given(name, 2, 5, CASES[name].small).to(torch.float32, torch.device("cpu"))
+    whole = torch.compile(lambda: tuple(run(name, g, "cpu", True)), fullgraph=True, backend="aot_eager")
+    expected = run(name, g, "cpu", True)
+    actual = list(whole())
+    assert_near(actual, expected, 1e-6)
+    assert_near(gradients(actual, g.leaves()), gradients(expected, g.leaves()), 1e-6)
+
+
+@each_op
+def test_works_without_numba(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clplat.kernels.backend.HAS_NUMBA", False)
+    exact = given(name)
+    single = exact.to(torch.float32, torch.device("cpu"))
+    expected, actual = run(name, exact, "reference", True), run(name, single, "cpu", True)
+    assert_near(actual, expected, 2e-6)
+    assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
+
+
+def test_the_back_end_follows_the_tensor_and_the_argument() -> None:
+    x = torch.zeros(1)
+    assert HAS_NUMBA, "the tests compare numba's kernels: pip install -e '.[dev]'"
+    assert choose(None, x) == "cpu"
+    assert choose("reference", x) == "reference"
+    assert choose(None, torch.zeros(1, dtype=torch.int64)) == "reference"
+    with pytest.raises(ValueError, match=r"'cuda'.*'reference', 'cpu', 'triton'"):
+        choose("cuda", x)
+    with pytest.raises(ValueError, match="backend='cpu' got a tensor on meta"):
+        choose("cpu", torch.zeros(1, device="meta"))
