@@ -10,6 +10,7 @@ from clplat.streams.experience import UNSCORED, Batch, Data, Stream, StreamError
 from clplat.streams.mqar import MQAR, mqar
 from clplat.streams.parity import parity
 from clplat.streams.permuted_copy import permuted_copy
+from clplat.streams.regular import LANGUAGES, regular
 from clplat.streams.selective_copy import selective_copy
 from clplat.streams.synthetic import Draws, GeneratedData, set_key, splitmix64
 
@@ -17,6 +18,9 @@ SMALL = {"train_size": 300, "valid_size": 20, "test_size": 50}
 STREAMS = [
     pytest.param(lambda **k: permuted_copy(3, **{**SMALL, **k}), id="permuted_copy"),
     pytest.param(lambda **k: parity(experiences=3, **{**SMALL, **k}), id="parity"),
+    pytest.param(
+        lambda **k: regular(lengths=[(9, 12), (13, 20), (5, 30)], test_lengths=None, **{**SMALL, **k}), id="regular"
+    ),
     pytest.param(lambda **k: selective_copy(3, tokens=4, blanks=9, **{**SMALL, **k}), id="selective_copy"),
     pytest.param(lambda **k: mqar(3, vocabulary=32, length=24, **{**SMALL, **k}), id="mqar"),
     pytest.param(
@@ -160,6 +164,60 @@ def test_keys_of_sets_differ():
 def test_generated_data_refuses_an_empty_set():
     with pytest.raises(StreamError, match="at least one example, got size 0"):
         parity(train_size=0)
+
+
+# Regular languages -----------------------------------------------------------------------------------------------
+
+
+def class_of(language: str, x: list[int]) -> int:
+    """One symbol at a time, by an automaton."""
+    state = 0
+    for t, symbol in enumerate(x):
+        if language == "parity":
+            state = 1 - state if symbol else state
+        elif language == "even_pairs":
+            state = int(x[0] != symbol) if t else 0
+        else:
+            state = {0: {0: 4, 1: 0, 2: 1, 3: 2, 4: 3}[state], 1: state, 2: (state + 1) % 5}[symbol]
+    return state
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_regular_languages_equal_their_automata(language):
+    stream = regular(language, train_size=3000, test_size=500)
+    symbols, classes = LANGUAGES[language]
+    assert (stream.vocabulary, stream.outputs, stream[0].classes) == (symbols, classes, tuple(range(classes)))
+    for data, shortest, longest in ((stream[0].train, 1, 40), (stream[0].test, 41, 100)):
+        batch = everything(data)
+        assert batch.lengths is not None
+        lengths = batch.lengths.tolist()
+        assert (min(lengths), max(lengths)) == (shortest, longest)
+        assert batch.y.tolist() == [class_of(language, x[:n]) for x, n in zip(batch.x.tolist(), lengths, strict=True)]
+        counts = batch.y.bincount(minlength=classes) / len(batch)
+        assert (counts - 1 / classes).abs().max() < (0.08 if len(batch) == 500 else 0.05)
+        content = torch.cat([x[:n] for x, n in zip(batch.x, lengths, strict=True)])
+        assert (content.bincount(minlength=symbols) / len(content) - 1 / symbols).abs().max() < 0.02
+
+
+def test_regular_languages_grow_by_experience():
+    stream = regular("cycle_navigation", [(1, 5), (6, 10)], test_lengths=None, train_size=200, test_size=200)
+    assert [e.name for e in stream] == ["cycle_navigation 1 to 5", "cycle_navigation 6 to 10"]
+    for e, longest in zip(stream, (5, 10), strict=True):
+        assert everything(e.test).x.shape[1] == longest
+    shared = regular(lengths=[(1, 5), (6, 10)], train_size=20, test_size=50)
+    assert all(min(len(x) for x, _, _ in rows_of(everything(e.test))) > 40 for e in shared)
+    assert rows_of(everything(shared[0].test)) != rows_of(everything(shared[1].test))
+
+
+def test_regular_languages_refuse():
+    with pytest.raises(StreamError, match="got 'odd', allowed are even_pairs, parity, cycle_navigation"):
+        regular("odd")
+    with pytest.raises(StreamError, match=r"got lengths \[5, 4\].*1 <= least <= greatest"):
+        regular(lengths=[(5, 4)])
+    with pytest.raises(StreamError, match=r"got lengths \[0, 4\]"):
+        regular(test_lengths=(0, 4))
+    with pytest.raises(StreamError, match="got none; give one pair"):
+        regular(lengths=[])
 
 
 # Permuted copy ---------------------------------------------------------------------------------------------------
