@@ -22,8 +22,8 @@ PACKAGES = (
     "numpy", "scikit-learn", "numba",
 )  # fmt: skip
 _OPTIONAL = {
-    "numba": "the recurrences' fast CPU path will use it; without it they run slower",
-    "triton": "the GPU kernels need it; on the CPU nothing does",
+    "numba": "recurrences then run in torch, several times slower on the CPU: pip install 'clplat[cpu]'",
+    "triton": "on a GPU recurrences then run as loops in torch, step by step; the CPU does not need it",
     "torchvision": "it downloads data sets and Avalanche needs it",
 }
 
@@ -95,7 +95,23 @@ def _imports() -> Iterator[Finding]:
 
 
 def _kernels() -> Iterator[Finding]:
-    yield "recurrences", "ok", "LSTM, GRU and Elman run on torch's own kernels, on CPU and CUDA"
+    import torch
+
+    from clplat.kernels import backend
+
+    if backend.HAS_NUMBA:
+        threads = torch.get_num_threads()
+        yield "CPU kernels", "ok", f"compiled by numba at first use and kept, on torch's {threads} threads"
+    else:
+        yield "CPU kernels", "note", f"none: {_OPTIONAL['numba']}"
+    if not backend.HAS_TRITON:
+        yield "GPU kernels", "note", f"none: {_OPTIONAL['triton']}"
+    elif backend.interpreting():
+        yield "GPU kernels", "note", "TRITON_INTERPRET=1 is set: Triton interprets them, for tests only; unset it"
+    elif torch.cuda.is_available():
+        yield "GPU kernels", "ok", "compiled by Triton at first use and kept"
+    else:
+        yield "GPU kernels", "note", "Triton is here, a GPU is not: they stay unused"
 
 
 def _data() -> Iterator[Finding]:

@@ -34,11 +34,11 @@ def choose(backend: str | None, x: Tensor) -> str:
         ValueError: an unknown back end, or one that cannot run on x's device.
     """
     if backend is None:
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64):
+        if not (x.is_floating_point() or x.is_complex()):
             return "reference"
         if x.device.type == "cpu":
             return "cpu"
-        return "triton" if x.is_cuda and HAS_TRITON and x.dtype != torch.float64 else "reference"
+        return "triton" if x.is_cuda and HAS_TRITON and state_dtype(x) != torch.float64 else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, allowed are {', '.join(map(repr, BACKENDS))} and None.")
     if backend == "cpu" and x.device.type != "cpu":

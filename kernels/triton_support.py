@@ -48,6 +48,8 @@ class Compilation:
         stages: as launched.
         vector: whether global loads have to be vectorised (128 bits of aligned inputs).
         scalars: name of each scalar argument that is not "i32" -> its type, such as "fp32".
+        aligned_only: whether the launcher guarantees pointers and widths that are multiples of 16, by copies where they
+            are not, so that there is no other variant to compile.
     """
 
     kernel: Any
@@ -57,6 +59,7 @@ class Compilation:
     stages: int = 1
     vector: bool = True
     scalars: Mapping[str, str] = field(default_factory=dict)
+    aligned_only: bool = False
 
     @property
     def name(self) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+# Read where functions of Triton's own and ours are defined, and Lightning imports Triton: so before any other import.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
@@ -23,8 +26,6 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.kernels import cells, diagonal
 from clplat.kernels.backend import HAS_NUMBA, State, choose
+from clplat.kernels.block_diagonal import block_scan
+from clplat.kernels.delta import delta_rule, titans
+from clplat.kernels.matrix_state import matrix_state, mlstm
+from clplat.kernels.selective import selective_scan
+from clplat.kernels.softmax_scan import softmax_scan
+from clplat.kernels.wkv import wkv
 
 Op = Callable[..., tuple[Tensor, State]]
 
@@ -69,8 +76,234 @@ class Draw:
         return low + (high - low) * torch.rand(shape, generator=self.generator, dtype=torch.float64)
 
 
+FEW_TILES = (1, 70)
+"""D of matrix states: several tiles of keys and of values, neither full; more takes the interpreter too long."""
+
+
+def matrix_inputs(b: int, t: int, d: int, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k [B, T, 2, D], v [B, T, 2, D // 2 + 1], small enough that nothing grows with D or T."""
+    return draw.normal(b, t, 2, d) * d**-0.5, draw.normal(b, t, 2, d) * d**-0.5, draw.normal(b, t, 2, d // 2 + 1)
+
+
+def unit_keys(b: int, t: int, d: int, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+    """As `matrix_inputs`, with keys of length 1, as delta rules need them."""
+    q, k, v = matrix_inputs(b, t, d, draw)
+    return q, torch.nn.functional.normalize(k, dim=-1), v
+
+
+def matrix_memory(b: int, d: int, draw: Draw) -> State:
+    """(S [B, 2, D, D // 2 + 1],)."""
+    return (draw.normal(b, 2, d, d // 2 + 1),)
+
+
+def log_decays(draw: Draw, *shape: int) -> Tensor:
+    """Weak, so that much of the initial state is left at the end, with a strong one here and there, down to -60."""
+    weak, strong = draw.uniform(-0.1, 0, *shape), draw.uniform(-60, 0, *shape)
+    return torch.where(draw.uniform(0, 1, *shape) < 0.03, strong, weak)
+
+
+def ungated(op: Op, inputs: int) -> Op:
+    """An op without its gate, the argument after its first `inputs`."""
+    return lambda *args, **options: op(*args[:inputs], None, *args[inputs:], **options)
+
+
+def with_bonus(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bonus: Tensor, *rest: Any, **options: Any) -> Any:
+    """`matrix_state` with its bonus among the weights."""
+    return matrix_state(q, k, v, gate, *rest, bonus=bonus, **options)
+
+
+def unscaled(state: State) -> State:
+    """C and n of an mLSTM without their common scale exp(m)."""
+    c, n, m = state
+    return c * m.exp()[..., None, None], n * m.exp()[..., None]
+
+
+INTERPRETED: dict[str, Any] = {"sizes": (1, 33), "shape": (3, 19, 20)}
+"""Sizes for kernels with an associative scan, which Triton's interpreter combines number by number."""
+
+
+def normals(draw: Draw, count: int, *shape: int) -> tuple[Tensor, ...]:
+    return tuple(2 * draw.normal(*shape) for _ in range(count))
+
+
+def diagonal_state(b: int, d: int, draw: Draw) -> State:
+    return (draw.normal(b, d),)
+
+
+def complex_normal(draw: Draw, *shape: int) -> Tensor:
+    return torch.complex(draw.normal(*shape), draw.normal(*shape))
+
+
+def complex_state(b: int, d: int, draw: Draw) -> State:
+    return (complex_normal(draw, b, d),)
+
+
+def decays(draw: Draw, *shape: int) -> Tensor:
+    """Complex numbers within the unit circle."""
+    return torch.polar(draw.uniform(0, 1, *shape), draw.uniform(-3, 3, *shape))
+
+
+def heads(d: int) -> tuple[int, int]:
+    """N and width of a head that make D channels: Triton's kernels take float32 heads of at most 64."""
+    return (2, d // 2) if d >= 40 else (1, d)
+
+
+def cell(op: Op, gates: int, states: int, vectors: tuple[int, ...] = ()) -> Case:
+    """A cell with heads: gates, recurrent weights, and as many more [k, N, d] as `vectors` says (0: without k)."""
+
+    def inputs(b: int, t: int, d: int, draw: Draw) -> tuple[Tensor, ...]:
+        return (draw.normal(b, t, heads(d)[0], *[gates] * (gates > 1), heads(d)[1]),)
+
+    def weights(d: int, draw: Draw) -> tuple[Tensor, ...]:
+        n, width = heads(d)
+        matrices = draw.normal(n, *[gates] * (gates > 1), width, width) / width**0.5
+        # Peepholes of unit size make the LSTM expansive: float32 then differs from float64 in any form of it.
+        return matrices, *(0.3 ** (k > 0) * draw.normal(*[k] * (k > 0), n, width) for k in vectors)
+
+    def state(b: int, d: int, draw: Draw) -> State:
+        made = [draw.normal(b, *heads(d)) for _ in range(states)]
+        if states == 4:  # sLSTM's normaliser is a sum of positive numbers
+            made[2] = draw.uniform(0.5, 2, b, *heads(d))
+        return tuple(made)
+
+    return Case(op, inputs, state, weights)
+
+
+def peephole_lstm(gates: Tensor, recurrent: Tensor, peepholes: Tensor, *rest: Any, **options: Any) -> Any:
+    return cells.lstm(gates, recurrent, *rest, peepholes=peepholes, **options)
+
+
 # Every op obeys every law below: a new one needs one entry here.
-CASES: dict[str, Case] = {}
+CASES: dict[str, Case] = {
+    "lstm": cell(peephole_lstm, 4, 2, (3,)),
+    "gru": cell(cells.gru, 3, 1, (0,)),
+    "gru_paper": cell(partial(cells.gru, reset_after=False), 3, 1, (0,)),
+    "elman": cell(cells.elman, 1, 1),
+    "slstm": cell(cells.slstm, 4, 4),
+    "lem": cell(partial(cells.lem, dt=0.7), 4, 2),
+    "scan": Case(
+        diagonal.scan,
+        lambda b, t, d, draw: (draw.uniform(-0.3, 1.1, b, t, d), draw.normal(b, t, d)),
+        diagonal_state,
+        **INTERPRETED,
+    ),
+    "scan_complex": Case(
+        diagonal.scan,
+        lambda b, t, d, draw: (decays(draw, b, t, d), complex_normal(draw, b, t, d)),
+        complex_state,
+        **INTERPRETED,
+    ),
+    "constant_scan": Case(
+        diagonal.constant_scan,
+        lambda b, t, d, draw: (draw.normal(b, t, d),),
+        diagonal_state,
+        weights=lambda d, draw: (draw.uniform(-0.3, 1, d),),
+        **INTERPRETED,
+    ),
+    "constant_scan_complex": Case(
+        diagonal.constant_scan,
+        lambda b, t, d, draw: (complex_normal(draw, b, t, d),),
+        complex_state,
+        weights=lambda d, draw: (decays(draw, d),),
+        **INTERPRETED,
+    ),
+    "min_gru": Case(diagonal.min_gru, lambda b, t, d, draw: normals(draw, 2, b, t, d), diagonal_state, **INTERPRETED),
+    "min_lstm": Case(diagonal.min_lstm, lambda b, t, d, draw: normals(draw, 3, b, t, d), diagonal_state, **INTERPRETED),
+    "rg_lru": Case(
+        diagonal.rg_lru,
+        lambda b, t, d, draw: normals(draw, 3, b, t, d),
+        diagonal_state,
+        weights=lambda d, draw: (draw.uniform(-5, 0, d),),
+        **INTERPRETED,
+    ),
+    "hgrn": Case(
+        diagonal.hgrn,
+        lambda b, t, d, draw: normals(draw, 2, b, t, d),
+        diagonal_state,
+        weights=lambda d, draw: (draw.uniform(0, 0.9, d),),
+        **INTERPRETED,
+    ),
+    "softmax_scan": Case(
+        softmax_scan,
+        lambda b, t, d, draw: (2 * draw.normal(b, t, 2), draw.normal(b, t, 2, d)),
+        lambda b, d, draw: (draw.normal(b, 2), draw.normal(b, 2, d)),
+        sizes=(1, 5),  # the interpreter scans number by number; more in test_softmax_scan.py
+        shape=(3, 19, 5),
+    ),
+    "block_scan": Case(
+        block_scan,
+        lambda b, t, d, draw: (draw.uniform(-0.5, 0.5, b, t, d, 3, 3), draw.normal(b, t, d, 3)),
+        lambda b, d, draw: (draw.normal(b, d, 3),),
+    ),
+    "selective_scan": Case(
+        selective_scan,
+        lambda b, t, d, draw: (
+            draw.normal(b, t, d),
+            draw.uniform(0.01, 1, b, t, d),
+            draw.normal(b, t, 3),
+            draw.normal(b, t, 3),
+        ),
+        lambda b, d, draw: (draw.normal(b, d, 3),),
+        weights=lambda d, draw: (-draw.uniform(0.1, 3, d, 3), draw.normal(d)),
+        sizes=(1, 5),  # the interpreter goes step by step; blocks of channels and states in test_selective.py
+    ),
+    "wkv": Case(
+        wkv,
+        lambda b, t, d, draw: (2 * draw.normal(b, t, d), draw.normal(b, t, d)),
+        lambda b, d, draw: (draw.normal(b, d), draw.uniform(0.5, 2, b, d), draw.normal(b, d)),
+        weights=lambda d, draw: (draw.uniform(0.01, 2, d), draw.normal(d)),
+        # The state means num exp(max) and den exp(max).
+        after=lambda state: (state[0] / state[1], state[1].log() + state[2].detach()),
+        sizes=(1, 5),  # the interpreter scans number by number; more in test_wkv.py
+        shape=(3, 19, 5),
+    ),
+    "matrix_state": Case(ungated(matrix_state, 3), matrix_inputs, matrix_memory, sizes=FEW_TILES),
+    "matrix_state_constant": Case(
+        matrix_state,
+        matrix_inputs,
+        matrix_memory,
+        weights=lambda d, draw: (-draw.uniform(0.01, 0.5, 2),),
+        sizes=FEW_TILES,
+    ),
+    "matrix_state_scalar": Case(
+        matrix_state,
+        lambda b, t, d, draw: (*matrix_inputs(b, t, d, draw), log_decays(draw, b, t, 2)),
+        matrix_memory,
+        sizes=FEW_TILES,
+    ),
+    "matrix_state_vector": Case(
+        with_bonus,
+        lambda b, t, d, draw: (*matrix_inputs(b, t, d, draw), log_decays(draw, b, t, 2, d)),
+        matrix_memory,
+        weights=lambda d, draw: (draw.normal(2, d),),
+        sizes=FEW_TILES,
+    ),
+    "mlstm": Case(
+        mlstm,
+        lambda b, t, d, draw: (*matrix_inputs(b, t, d, draw), draw.normal(b, t, 2), 3 + draw.normal(b, t, 2)),
+        lambda b, d, draw: (*matrix_memory(b, d, draw), draw.normal(b, 2, d), draw.normal(b, 2)),
+        after=unscaled,
+        sizes=FEW_TILES,
+    ),
+    "delta_rule": Case(
+        delta_rule,
+        lambda b, t, d, draw: (*unit_keys(b, t, d, draw), draw.uniform(0, 1, b, t, 2), log_decays(draw, b, t, 2)),
+        matrix_memory,
+        sizes=FEW_TILES,
+    ),
+    "delta_rule_ungated": Case(
+        ungated(delta_rule, 4),
+        lambda b, t, d, draw: (*unit_keys(b, t, d, draw), draw.uniform(0, 1, b, t, 2)),
+        matrix_memory,
+        sizes=FEW_TILES,
+    ),
+    "titans": Case(
+        titans,
+        lambda b, t, d, draw: (*unit_keys(b, t, d, draw), *(draw.uniform(0, 0.5, b, t, 2) for _ in range(3))),
+        lambda b, d, draw: (*matrix_memory(b, d, draw), *matrix_memory(b, d, draw)),
+        backends=("cpu",),  # its chunked torch form runs on every device
+    ),
+}
 
 PAIRS = [(name, backend) for name, case in CASES.items() for backend in case.backends]
 each_op = pytest.mark.parametrize("name", CASES)
@@ -312,17 +545,17 @@ def test_opcheck(name: str) -> None:
 def recorded_ops(call: Callable[[], Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The calls of clplat's own ops within `call`, as arguments of opcheck."""
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_map_only
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex())
 
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace == "clplat":
-                fresh = [
-                    a.detach().clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a
-                    for a in args
-                ]
-                seen.append(((func, tuple(fresh)), {"kwargs": kwargs or {}}))
+                seen.append(((func, tree_map_only(Tensor, leaf, args)), {"kwargs": kwargs or {}}))
             return func(*args, **(kwargs or {}))
 
     with Recorder():
@@ -334,6 +567,7 @@ def recorded_ops(call: Callable[[], Any]) -> Iterator[tuple[tuple[Any, ...], dic
 @each_op
 def test_compiles_without_graph_breaks(name: str) -> None:
     g = given(name, 2, 5, CASES[name].small).to(torch.float32, torch.device("cpu"))
+    torch._dynamo.reset()  # all cases share one lambda, and its recompilations have a limit
     whole = torch.compile(lambda: tuple(run(name, g, "cpu", True)), fullgraph=True, backend="aot_eager")
     expected = run(name, g, "cpu", True)
     actual = list(whole())
