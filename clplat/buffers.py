@@ -15,7 +15,7 @@ from torch import Tensor
 from clplat.state import StateModule
 from clplat.streams.experience import UNSCORED, Batch
 
-FIELDS = ("lengths", "mask", "task", "index", "x", "y")
+FIELDS = ("lengths", "mask", "task", "index", "reset", "x", "y")
 """What is stored of a batch. Lengths come first: what they are for older rows is read off the width of x."""
 
 KEYS = 2**40
@@ -43,6 +43,7 @@ class Buffer(StateModule):
     mask: Tensor | None
     task: Tensor | None
     index: Tensor | None
+    reset: Tensor | None
 
     def __init__(self, capacity: int, seed: int, fields: Sequence[str] = ()) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class Buffer(StateModule):
         assert self.x is not None
         assert self.y is not None
         slots = slots.to(self.x.device, non_blocking=True)
-        rows = {n: None if (t := self._buffers[n]) is None else t.index_select(0, slots) for n in FIELDS[:4]}
+        rows = {n: None if (t := self._buffers[n]) is None else t.index_select(0, slots) for n in FIELDS[:-2]}
         extra = {}
         for name in self.fields:
             stored = self._buffers[_extra(name)]
@@ -192,6 +193,8 @@ class Buffer(StateModule):
             found["mask"] = whole if valid is None else valid
         if found["index"] is None and self.index is not None:
             found["index"] = torch.full((rows,), -1, device=batch.x.device)
+        if found["reset"] is None and self.reset is not None:
+            found["reset"] = torch.zeros(rows, steps, dtype=torch.bool, device=batch.x.device)
         offered = {name: value for name, value in found.items() if value is not None}
         return offered | {_extra(name): batch.extra[name].detach() for name in self.fields}
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from clplat.learners.learner import Learner
 from clplat.streams.experience import Data, Experience
+from clplat.streams.segments import SegmentData
 
 
-@contextmanager
-def evaluation(learner: Learner) -> Iterator[None]:
+def evaluation(learner: Learner) -> AbstractContextManager[None]:
     """Evaluation mode without gradients; each module's mode and the random state are afterwards what they were."""
-    modes = [(module, module.training) for module in learner.modules()]
-    learner.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return learner.evaluating()
 
 
 def evaluate(
@@ -34,13 +28,15 @@ def evaluate(
 ) -> tuple[list[float], list[float]]:
     """The score on each experience's test set, and the same with the classes not seen so far masked.
 
-    The second list is NaN where targets are not classes.
+    The second list is NaN where targets are not classes. Where the learner carries its state, each test set is read in
+    order with a state of its own, fresh at first; that of the training is not touched.
 
     Args:
         learner: with its strategy, whose `predict` has the last word.
         experiences: K of them.
         batch_size: examples a forward pass.
-        examples: take this many of each test set, evenly spaced and always the same; None: all.
+        examples: take this many of each test set, evenly spaced and always the same; None: all. Of segments in order:
+            the first of them, in whole rows.
         precision: context in which the net is run (autocast), None: plain.
     """
     sums: list[Tensor] = []
@@ -59,9 +55,15 @@ def _score(learner: Learner, data: Data, batch_size: int, examples: int | None) 
         index = torch.linspace(0, len(data) - 1, examples, dtype=torch.float64).round().long()
     total = torch.zeros(3, device=learner.device, dtype=torch.float64)
     objective = learner.objective
-    for batch in data.batches(index.split(batch_size)):
+    batches, state = data.batches(index.split(batch_size)), None
+    carried = data if learner.carries and isinstance(data, SegmentData) else None
+    if carried is not None:
+        batches = islice(carried.in_order(), max(len(index) // carried.rows, 1))
+    for batch in batches:
         batch = batch.to(learner.device)
-        output = learner.net(batch)
+        output = learner.net(batch, state)
+        if carried is not None:
+            state = output.state
         logits = learner.strategy.predict(learner, batch, output.logits, output.features)
         value, count = objective.score(logits, batch)
         seen = value

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from clplat import checkpoint
 from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
+from clplat.learners.nets.net import State
 from clplat.lightning import pl
 from clplat.metrics import ScoreTable
 from clplat.strategy import Session, check_needs
-from clplat.streams.experience import Stream, StreamError
+from clplat.streams.experience import Batch, Stream, StreamError
 from clplat.streams.loader import ChunkLoader, passes_steps
+from clplat.streams.segments import SegmentData, SegmentLoader, segmented, segments_of
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +99,14 @@ class Training:
         log_every_n_steps: training curves get a point this often.
         checkpoint_every_n_steps: an exact checkpoint this often, besides the one before every experience; None: only
             that one.
+        carry_state: streams in segments (text) only: segments are read in order and the state goes from each to the
+            next (truncated back-propagation through time), in training and in evaluation. False: they are examples
+            like any others, in random order, each from a fresh state.
+        vary_segments: with `carry_state`, training segments of random length around the stream's own, the learning
+            rate scaled by it (Merity et al. 2018, see `clplat.streams.segments.random_ends`).
 
     Raises:
-        ValueError: a number below 1, or not exactly one of epochs and steps.
+        ValueError: a number below 1; not exactly one of epochs and steps; `vary_segments` without `carry_state`.
     """
 
     batch_size: int = 32
@@ -107,6 +116,8 @@ class Training:
     chunk: int = 32
     log_every_n_steps: int = 50
     checkpoint_every_n_steps: int | None = None
+    carry_state: bool = True
+    vary_segments: bool = False
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -118,6 +129,11 @@ class Training:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"training.{name}: got {value}, it must be at least 1.")
+        if self.vary_segments and not self.carry_state:
+            raise ValueError(
+                "training.vary_segments: got true with carry_state=false, which reads segments of one length in random "
+                "order: set one of the two the other way."
+            )
 
     def length(self, session: Session) -> int:
         """Optimiser steps spent on a session."""
@@ -136,7 +152,8 @@ class Evaluation:
     Attributes:
         batch_size: examples a forward pass.
         every_n_steps: rows between those after each experience, for the stability gap; None: no such rows.
-        examples: those rows take this many examples of each test set, evenly spaced; None: all.
+        examples: those rows take this many examples of each test set, evenly spaced; None: all. Of sets in segments
+            whose state is carried, the first ones: so many, rounded down to whole rows of them, and one at least.
 
     Raises:
         ValueError: a number below 1.
@@ -167,7 +184,8 @@ class Run:
         notes: plain values that are kept in every checkpoint (configuration, run id).
 
     Raises:
-        StreamError: the stream cannot be learned, or lacks what the strategy needs.
+        StreamError: the stream cannot be learned, or lacks what the strategy needs; its segments' state cannot be
+            carried by this net or with this batch size.
     """
 
     def __init__(
@@ -182,7 +200,8 @@ class Run:
         notes: dict[str, Any] | None = None,
     ) -> None:
         stream.check()
-        check_needs(learner.strategy, stream)
+        learner.carries = training.carry_state and segmented(stream)
+        check_needs(learner.strategy, stream, learner.carries)
         if learner.objective.kind != stream.target:
             raise StreamError(
                 f"The objective is for {learner.objective.kind!r} targets, stream {stream.name!r} has "
@@ -191,6 +210,13 @@ class Run:
         if trainer.world_size > 1:
             raise ValueError(
                 f"trainer.devices: got {trainer.world_size} processes, one is supported so far: set it to 1."
+            )
+        if learner.carries:
+            for experience in stream:
+                _check_state(learner, segments_of(experience.train, training.batch_size))
+        elif training.vary_segments:
+            raise StreamError(
+                f"training.vary_segments: stream {stream.name!r} has no segments: set it to false, or choose stream=text."
             )
         self.stream, self.learner, self.trainer = stream, learner, trainer
         self.training, self.evaluation = training, evaluation or Evaluation()
@@ -215,6 +241,7 @@ class Run:
         learner.load_state_dict(state["learner"])
         learner.steps = state["steps"]
         learner.resume_optimizer = state["optimizer"]
+        learner.carried = _to(learner.device, state.get("carried"))
         self.results.load_state_dict(state["results"])
         self.seen_results.load_state_dict(state["seen_results"])
         self._random = state["random"]
@@ -227,6 +254,7 @@ class Run:
         """
         stream, learner = self.stream, self.learner
         learner.to(self.trainer.strategy.root_device)
+        learner.carried = _to(learner.device, learner.carried)
         if self._random is None:
             learner.begin(stream[0])
             self.save()
@@ -273,25 +301,22 @@ class Run:
     def _fit(self, session: Session, length: int) -> None:
         learner, trainer, training = self.learner, self.trainer, self.training
         assert session.data is not None
-        loader = ChunkLoader(
-            session.data,
-            batch_size=training.batch_size,
-            steps=length,
-            seed=training.seed,
-            experience=self.experience,
-            start=self.step,
-            chunk=training.chunk,
-            cuts=[
-                n
-                for n in (
-                    training.log_every_n_steps,
-                    training.checkpoint_every_n_steps,
-                    self.evaluation.every_n_steps,
-                )
-                if n is not None
-            ],
-            offset=learner.steps - self.step,
-        )
+        due = (training.log_every_n_steps, training.checkpoint_every_n_steps, self.evaluation.every_n_steps)
+        options: dict[str, Any] = {
+            "steps": length,
+            "seed": training.seed,
+            "experience": self.experience,
+            "start": self.step,
+            "chunk": training.chunk,
+            "cuts": [n for n in due if n is not None],
+            "offset": learner.steps - self.step,
+        }
+        if learner.carries:
+            data = segments_of(session.data, training.batch_size)
+            loader = SegmentLoader(data, vary=training.vary_segments, **options)
+            learner.nominal = data.steps if training.vary_segments else None
+        else:
+            loader = ChunkLoader(session.data, batch_size=training.batch_size, **options)
         learner.plan(length, self.step)
         # Lightning's set-up may draw random numbers: what comes before the first step must not matter.
         state = checkpoint.random_state()
@@ -337,6 +362,7 @@ class Run:
             "complete": self.experience == len(self.stream),
             "learner": self.learner.state_dict(),
             "optimizer": optimizer,
+            "carried": self.learner.carried,
             "random": checkpoint.random_state(),
             "results": self.results.state_dict(),
             "seen_results": self.seen_results.state_dict(),
@@ -352,6 +378,35 @@ class Run:
                 self.learner.steps,
                 error,
             )
+
+
+def _check_state(learner: Learner, data: SegmentData) -> None:
+    """Refuse a net whose state grows, or that has none, by running two short segments."""
+    one = Batch(data.x[:1, :1], data.y[:1, :1], task=None if data.task is None else torch.tensor([data.task]))
+    sizes: list[list[torch.Size]] = []
+    state = None
+    with learner.evaluating():
+        for _ in range(2):
+            state = learner.net(one.to(learner.device), state).state
+            sizes.append([t.shape for block in state if block is not None for t in block])
+    if sizes[0] and sizes[0] == sizes[1]:
+        return
+    what = f"grows with every step ({_grown(*sizes)})" if sizes[0] else "is empty"
+    raise StreamError(
+        f"The state of this net {what}, so it cannot be carried from segment to segment: use a recurrent learner, or "
+        "set training.carry_state=false, which takes each segment for itself."
+    )
+
+
+def _grown(before: list[torch.Size], after: list[torch.Size]) -> str:
+    a, b = next((a, b) for a, b in zip(before, after, strict=True) if a != b)
+    return f"{list(a)}, then {list(b)}"
+
+
+def _to(device: torch.device, state: tuple[State, ...] | None) -> tuple[State, ...] | None:
+    if state is None:
+        return None
+    return tuple(None if s is None else tuple(t.to(device) for t in s) for s in state)
 
 
 class _BetweenChunks(pl.Callback):

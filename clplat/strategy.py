@@ -59,6 +59,9 @@ class Strategy(StateModule):
         replaces_objective: True if `objective` takes the place of the learner's own; at most one in a list may.
         edits_layers: True if it freezes, copies or rewrites the layers' own weights, or calls the head itself, and so
             cannot go with a strategy that lets the net run with other weights (hypernetworks, masks).
+        not_carried: why it cannot go with segments whose state is carried (`Training.carry_state`); empty: it can. It
+            can where it leaves the training set and the order of the batch's rows as they are, and compares no output
+            of a carried state with one of a fresh state.
         passes: forward and backward passes a step, relative to finetuning on the same batch size; logged, since
             comparisons are only fair at equal cost.
     """
@@ -66,6 +69,7 @@ class Strategy(StateModule):
     needs: frozenset[str] = frozenset()
     replaces_objective: bool = False
     edits_layers: bool = False
+    not_carried: str = ""
     passes: float = 1.0
 
     def wrap(self, learner: Learner) -> None:
@@ -249,8 +253,13 @@ def _inside(part: Strategy, learner: Learner, update: Update) -> Update:
     return lambda closure: part.step(learner, closure, update)
 
 
-def check_needs(strategy: Strategy, stream: Stream) -> None:
+def check_needs(strategy: Strategy, stream: Stream, carries: bool = False) -> None:
     """Refuse a strategy that needs what the stream lacks, before any training.
+
+    Args:
+        strategy: one, or several.
+        stream: what is to be learned.
+        carries: whether its examples are segments whose state is carried.
 
     Raises:
         StreamError: names the strategy, what it needs, and what the stream is.
@@ -262,6 +271,11 @@ def check_needs(strategy: Strategy, stream: Stream) -> None:
     }
     parts = strategy.named if isinstance(strategy, Composite) else {type(strategy).__name__: strategy}
     for name, part in parts.items():
+        if carries and part.not_carried:
+            raise StreamError(
+                f"Strategy {name!r} does not go with a state that is carried from segment to segment: "
+                f"{part.not_carried}. Set training.carry_state=false, or choose another strategy."
+            )
         for need in sorted(part.needs):
             if not offered[need]:
                 raise StreamError(

@@ -76,6 +76,8 @@ class CenterLoss(Strategy):
         for name in ("weight", "bias"):
             self.register_buffer(f"head_{name}", None)  # the head as it was when the experience began
         self.passes = 4 / 3 if mode == "features" and strength > 0 else 1.0
+        if mode == "features":
+            self.not_carried = "its old net would see each segment from a fresh state, the learner from a carried one"
 
     def wrap(self, learner: Learner) -> None:
         """Make room for centres or for the old net.

@@ -11,6 +11,8 @@ class Cumulative(Strategy):
     """Experience k goes on from the weights of k - 1 and trains on the union of the training sets of 0..k, for k + 1
     experiences' worth of steps: each example is seen as often an experience as in finetuning."""
 
+    not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
+
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """The union of all training sets up to `index`."""
         return Session(UnionData([stream[k].train for k in range(index + 1)]), float(index + 1))

@@ -33,6 +33,8 @@ class DER(Strategy):
         ValueError: an option that is not allowed.
     """
 
+    not_carried = "it stores answers from a carried state and would compare them with those from a fresh one"
+
     def __init__(
         self, capacity: int, alpha: float = 0.5, beta: float = 0.5, rows: int | None = None, seed: int = 0
     ) -> None:

@@ -44,6 +44,7 @@ class Distillation(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
+    not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
     edits_layers = True
 
     def __init__(

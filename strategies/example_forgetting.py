@@ -32,6 +32,8 @@ class ExampleForgetting(Strategy):
         ValueError: a fraction outside that range; `wrap`: real-valued targets, which are neither right nor wrong.
     """
 
+    not_carried = "it follows examples by their numbers, and segments of random length have none"
+
     events: Tensor | None
     first: Tensor | None
     shown: Tensor | None

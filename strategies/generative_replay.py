@@ -46,6 +46,7 @@ class GenerativeReplay(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "its generator makes sequences of one length, segments have several"
 
     def __init__(
         self,

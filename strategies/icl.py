@@ -56,6 +56,7 @@ class ICL(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "its head is solved for from features of each segment's fresh state"
     solution: Tensor | None  # [P, O]
     rest: Tensor | None  # [P, d] the basis N, or [P, P] the matrix P
     projection: Tensor | None  # [H, random_features]

@@ -11,6 +11,8 @@ class Joint(Strategy):
     """Experience 0 trains on the union of all experiences' training sets, for as many steps as all experiences
     together would take; the later ones train on nothing, so every row of R is the same."""
 
+    not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
+
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """Everything for index 0, nothing after it."""
         if index > 0:

@@ -38,6 +38,7 @@ class LwF(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
     edits_layers = True
 
     def __init__(self, strength: float | Sequence[float], temperature: float = 2.0, replayed: bool = True) -> None:

@@ -51,6 +51,7 @@ class RehearsalEnvironment(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
 
     def __init__(
         self,

@@ -82,6 +82,7 @@ class Remind(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "its store holds the inside of a net that starts fresh"
     edits_layers = True
 
     def __init__(
@@ -347,7 +348,7 @@ class Quantised(Net):
             hidden, below = self.front_features(batch, state, reset)
             hidden = self.quantizer.decode(self.quantizer.encode(hidden))
         output = self.upper(hidden, self.cut, batch, None if state is None else state[self.cut :], reset)
-        return Output(output.logits, output.features, (*below, *output.state))
+        return replace(output, state=(*below, *output.state))
 
     @torch.no_grad()
     def front_features(

@@ -46,6 +46,7 @@ class SLDA(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    not_carried = "its means are over features of each segment's fresh state"
     means: Tensor | None  # [C, H]
     counts: Tensor | None  # [C]
     scatter: Tensor | None  # [H, H], n Sigma

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from clplat.errors import UserError
-from clplat.learners.nets.net import Net, Output
+from clplat.learners.nets.net import Net, Output, State
 from clplat.learners.objectives import Objective
+from clplat.learners.optimizers import NTASGD
 from clplat.lightning import pl
 from clplat.strategy import Closure, Strategy
 from clplat.streams.experience import Batch, Experience
+
+HELD_OUT_BATCH = 256
+"""Examples a forward pass, where an optimiser asks for the loss on held-out data."""
 
 Schedule = Callable[[int], float]
 """The learning rate's factor at each optimiser step of an experience, from 0."""
@@ -83,6 +90,12 @@ class Learner(pl.LightningModule):
         self.experience: Experience | None = None
         self.resume_optimizer: dict[str, Any] | None = None
         self.before_first_step: Callable[[], None] | None = None
+        self.carries = False
+        """Whether batches are segments that follow one another: the state goes from each to the next."""
+        self.nominal: int | None = None
+        """The learning rate is meant for segments of this many steps and scaled by their length; None: never."""
+        self.carried: tuple[State, ...] | None = None
+        """The state of the rows of the next batch, one entry a block, without gradients; None: fresh."""
         self.optimizer: Optimizer | None = None
         self._factor: Schedule | None = None
         self._done = 0
@@ -96,7 +109,7 @@ class Learner(pl.LightningModule):
             return output
         allowed = self.seen if self.logit_mask == "seen" else self.together[batch.y]
         lowest = torch.finfo(output.logits.dtype).min
-        return Output(output.logits.masked_fill(~allowed, lowest), output.features, output.state)
+        return replace(output, logits=output.logits.masked_fill(~allowed, lowest))
 
     def features(self, batch: Batch) -> Tensor:
         """The head's input, [B, H] or [B, T, H]."""
@@ -116,6 +129,7 @@ class Learner(pl.LightningModule):
 
     def begin(self, experience: Experience) -> None:
         """Everything that happens before the first step on an experience."""
+        self.carried = None
         self.shape_for(experience)
         self.enter(experience)
         with torch.no_grad():
@@ -127,13 +141,50 @@ class Learner(pl.LightningModule):
         self.strategy.enter(self, experience)
 
     def end(self, experience: Experience) -> None:
-        """Everything that happens after the last step on an experience."""
+        """Everything that happens after the last step on an experience.
+
+        An optimiser that averages leaves the mean of its iterates behind, before the strategy sees the weights.
+        """
+        if self.optimizer is None and self.resume_optimizer is not None:  # resumed after the last step
+            self.configure_optimizers()
+        if isinstance(self.optimizer, NTASGD):
+            self.optimizer.finish()
         if self.optimizer_state == "fresh":
             self.resume_optimizer = None  # a run that was resumed after its last step has not used it
         elif self.optimizer is not None:
             self.resume_optimizer = self.optimizer.state_dict()
         with torch.no_grad():
             self.strategy.after_experience(self, experience)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, with averaged weights where the optimiser averages; each module's mode,
+        the weights and the random state are afterwards what they were."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                if isinstance(self.optimizer, NTASGD):
+                    with self.optimizer.averaged():
+                        yield
+                else:
+                    yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def held_out_loss(self) -> Tensor | None:
+        """The objective on what the experience holds out, as the mean over its examples' batches; None if it holds
+        out nothing."""
+        data = None if self.experience is None else self.experience.valid
+        if data is None:
+            return None
+        total = torch.zeros((), device=self.device)
+        with self.evaluating():
+            for batch in data.batches(torch.arange(len(data)).split(HELD_OUT_BATCH)):
+                batch = batch.to(self.device)
+                total += self.objective(self(batch).logits, batch) * (len(batch) / len(data))
+        return total
 
     def plan(self, steps: int, start: int) -> None:
         """Set the schedule for `steps` optimiser steps, of which `start` are done."""
@@ -186,22 +237,22 @@ class Learner(pl.LightningModule):
     def _learn(self, batch: Batch) -> None:
         strategy, optimizer = self.strategy, self.optimizer
         assert optimizer is not None
-        if self._factor is not None:
-            factor = self.schedule_factor()
+        if self._factor is not None or self.nominal is not None:
+            factor = self.schedule_factor() * (1.0 if self.nominal is None else batch.x.shape[1] / self.nominal)
             for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * factor
-        batch = strategy.batch(self, batch)
+        segment, batch = batch, strategy.batch(self, batch)
         terms: dict[str, Tensor] = {}
 
         def closure() -> Output:
             optimizer.zero_grad(set_to_none=True)
-            output = self(batch)
+            output = self._after(segment, batch) if self.carries else self(batch)
             if strategy.replaces_objective:
                 total = strategy.objective(self, batch, output)
             else:
                 total = self.objective(output.logits, batch)
             terms["objective"] = total.detach()
-            for name, term in strategy.loss(self, batch, output).items():
+            for name, term in (*output.penalties.items(), *strategy.loss(self, batch, output).items()):
                 terms[name] = term.detach()
                 total = total + term
             terms["loss"] = total.detach()
@@ -214,14 +265,42 @@ class Learner(pl.LightningModule):
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
             optimizer.step()
+            if isinstance(optimizer, NTASGD):
+                optimizer.observe(terms["objective"], self.held_out_loss)
             return output
 
         output = strategy.step(self, closure, update)
+        if self.carries:
+            self.carried = _cut(output.state)
         self._terms.append(terms)
         self.steps += 1
         self._done += 1
         with torch.no_grad():
             strategy.after_step(self, batch, output)
+
+    def _after(self, segment: Batch, batch: Batch) -> Output:
+        """The output for `batch`, whose first rows are those of `segment` and start from the carried state; all rows
+        behind them are replayed, and start fresh."""
+        rows, steps = segment.x.shape[:2]
+        if len(batch) < rows or (len(batch) > rows and batch.source is None):
+            raise ValueError(
+                f"The state is carried for {rows} rows, and the strategy gave {len(batch)} rows of which none is marked "
+                "as replayed: keep the rows of the batch, add others behind them, and mark those with source 1."
+            )
+        # Rows that were padded to the length of replayed ones are cut back: their state is that of their last step.
+        task = None if batch.task is None else batch.task[:rows]
+        own = Batch(batch.x[:rows, :steps], batch.y[:rows, :steps], task=task, reset=segment.reset)
+        output = self.net(own, self.carried)
+        if len(batch) == rows:
+            return output
+        others = self.net(batch.rows(torch.arange(rows, len(batch), device=batch.x.device)))
+        more = [0, 0, 0, batch.x.shape[1] - steps]
+        return Output(
+            torch.cat([F.pad(output.logits, more), others.logits]),
+            torch.cat([F.pad(output.features, more), others.features]),
+            output.state,
+            output.penalties,
+        )
 
     def _check_finite(self) -> None:
         losses = torch.stack([t["loss"] for t in self._terms])
@@ -236,6 +315,11 @@ class Learner(pl.LightningModule):
             f"The loss term {bad!r} became {terms[bad]} at step {step}, experience {name}; all terms: {terms}. "
             "Lower optimizer.lr, set learner.clip_norm, or lower the strategy's strength."
         )
+
+
+def _cut(state: tuple[State, ...]) -> tuple[State, ...]:
+    # Copies: a state may be a view of all steps, which would be kept alive and written to every checkpoint.
+    return tuple(None if s is None else tuple(t.detach().clone() for t in s) for s in state)
 
 
 def unchanged(step: int) -> float:

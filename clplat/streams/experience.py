@@ -41,6 +41,8 @@ class Batch:
         source: [B] uint8, 0 for the current experience, 1 for replay. None: all current.
         weight: [B] weight of each row in the objective. None: all 1.
         extra: further [B, ...] fields that a strategy stored (logits, features, codes).
+        reset: [B, T] bool, True where a document starts: nothing before that step may be seen from it. None: nowhere
+            but at the first step.
     """
 
     x: Tensor
@@ -52,6 +54,7 @@ class Batch:
     source: Tensor | None = None
     weight: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    reset: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of rows B."""
@@ -83,7 +86,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     """One batch of all rows in order. Rows of different T are padded on the right and get lengths.
 
     A field that only some have is filled with what its absence means: full lengths, scored everywhere, source 0,
-    weight 1. `extra` fields must be in all batches or are dropped.
+    weight 1, no reset. `extra` fields must be in all batches or are dropped.
 
     Raises:
         StreamError: some batches carry task labels and some do not.
@@ -98,6 +101,8 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         batches = [_pad(b, max(b.x.shape[1] for b in batches)) for b in batches]
     if any(b.mask is not None for b in batches):
         batches = [replace(b, mask=_scored(b)) if b.mask is None else b for b in batches]
+    if any(b.reset is not None for b in batches):
+        batches = [replace(b, reset=_nowhere(b)) if b.reset is None else b for b in batches]
 
     def joined(name: str, absent: int) -> Tensor | None:
         parts = [getattr(b, name) for b in batches]
@@ -119,7 +124,12 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
         source=joined("source", 0),
         weight=joined("weight", 1),
         extra={name: torch.cat([b.extra[name] for b in batches]) for name in sorted(common)},
+        reset=torch.cat([b.reset for b in batches if b.reset is not None]) if batches[0].reset is not None else None,
     )
+
+
+def _nowhere(batch: Batch) -> Tensor:
+    return batch.x.new_zeros(batch.x.shape[:2], dtype=torch.bool)
 
 
 def _scored(batch: Batch) -> Tensor:
@@ -144,6 +154,7 @@ def _pad(batch: Batch, length: int) -> Batch:
         y=F.pad(batch.y, [0] * (2 * (batch.y.ndim - 2)) + [0, more], value=fill) if per_step else batch.y,
         lengths=lengths,
         mask=None if batch.mask is None else F.pad(batch.mask, [0, more]),
+        reset=None if batch.reset is None else F.pad(batch.reset, [0, more]),
     )
 
 

@@ -64,11 +64,14 @@ class ChunkLoader:
         return len(self.ends)
 
     def __iter__(self) -> Iterator[Iterator[Batch]]:
-        batches = self.data.batches(self._indices())
+        batches = self._batches()
         at = self.start
         for end in self.ends:
             yield islice(batches, end - at)
             at = end
+
+    def _batches(self) -> Iterator[Batch]:
+        return self.data.batches(self._indices())
 
     def _indices(self) -> Iterator[Tensor]:
         per_pass = passes_steps(len(self.data), self.batch_size)

@@ -65,7 +65,7 @@ class MixedData:
 
 
 def data_bytes(data: Data, examples: int | None = None) -> int:
-    """Bytes of `examples` examples of a set (None: all): inputs, targets, lengths, masks and task labels, unpadded.
+    """Bytes of `examples` examples of a set (None: all): inputs, targets, lengths, masks, task labels and resets, unpadded.
 
     Measured on the first 256 examples and scaled: exact where all have the same length, an estimate elsewhere.
     """
@@ -76,12 +76,12 @@ def data_bytes(data: Data, examples: int | None = None) -> int:
     batch = data.batch(torch.arange(looked))
     valid = None if batch.lengths is None else int(batch.lengths.sum())
     total = 0
-    for name in ("x", "y", "lengths", "mask", "task"):
+    for name in ("x", "y", "lengths", "mask", "task", "reset"):
         tensor: Tensor | None = getattr(batch, name)
         if tensor is None:
             continue
         size = tensor.numel() * tensor.element_size()
-        per_step = name in ("x", "mask") or (name == "y" and tensor.ndim >= 2 and not _one_vector(tensor))
+        per_step = name in ("x", "mask", "reset") or (name == "y" and tensor.ndim >= 2 and not _one_vector(tensor))
         total += size if valid is None or not per_step else size * valid // (looked * batch.x.shape[1])
     return total * count // looked
 

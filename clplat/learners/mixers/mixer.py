@@ -9,6 +9,8 @@ Letters: B batch, T time, D input and output features, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 State = tuple[Tensor, ...]
@@ -43,3 +45,7 @@ class Mixer(nn.Module):
         """One step: output [B, width] for x [B, D], and the state after it."""
         y, state = self(x[:, None], state)
         return y[:, 0], state
+
+    def penalties(self) -> Mapping[str, Tensor]:
+        """Scalars by name to add to what is minimised in training, of the weights alone."""
+        return {}

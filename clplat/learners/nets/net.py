@@ -5,8 +5,8 @@ Letters: B batch, T time, D input features, H hidden, C outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ class Output:
         logits: [B, C], or [B, T, C] where there is a target at every step.
         features: [B, H] or [B, T, H], the head's input.
         state: one entry a block, to go on from where this batch ended.
+        penalties: scalars by name that the net asks to have added to what is minimised; none in evaluation mode.
     """
 
     logits: Tensor
     features: Tensor
     state: tuple[State, ...]
+    penalties: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,10 @@ class Block(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} does not define forward(hidden, state, reset, lengths).")
 
+    def penalties(self) -> Mapping[str, Tensor]:
+        """Scalars by name to add to what is minimised, of the weights alone; those of several blocks are summed."""
+        return {}
+
 
 class Net(nn.Module):
     """Embedding, blocks, readout and head, as one plain module.
@@ -114,17 +120,18 @@ class Net(nn.Module):
         self.per_step, self.readout = per_step, readout
 
     def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
-        """Logits, features and state of a batch; `state` and `reset` as for `Block.forward`, one state a block."""
+        """Logits, features and state of a batch; `state` and `reset` (None: the batch's own) as for `Block.forward`, one
+        state a block."""
         hidden, new = self.lower(batch, len(self.blocks), state, reset)
         features = self.read(hidden, batch.lengths)
-        return Output(self.head(features, batch.task), features, new)
+        return Output(self.head(features, batch.task), features, new, self.penalties())
 
     def lower(
         self, batch: Batch, cut: int, state: Sequence[State] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
         """The hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
         hidden = self.embedding(batch.x)
-        return self._through(hidden, 0, cut, state, reset, batch.lengths)
+        return self._through(hidden, 0, cut, state, batch.reset if reset is None else reset, batch.lengths)
 
     def upper(
         self,
@@ -134,10 +141,21 @@ class Net(nn.Module):
         state: Sequence[State] | None = None,
         reset: Tensor | None = None,
     ) -> Output:
-        """What `forward` gives, from the hidden sequence that enters block `cut`; `batch` gives lengths and task."""
+        """What `forward` gives, from the hidden sequence that enters block `cut`; `batch` gives lengths, task, reset."""
+        reset = batch.reset if reset is None else reset
         hidden, new = self._through(hidden, cut, len(self.blocks), state, reset, batch.lengths)
         features = self.read(hidden, batch.lengths)
-        return Output(self.head(features, batch.task), features, new)
+        return Output(self.head(features, batch.task), features, new, self.penalties())
+
+    def penalties(self) -> dict[str, Tensor]:
+        """The sums of the blocks' penalties; none in evaluation mode."""
+        total: dict[str, Tensor] = {}
+        if self.training:
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                for name, term in block.penalties().items():
+                    total[name] = total[name] + term if name in total else term
+        return total
 
     def read(self, hidden: Tensor, lengths: Tensor | None) -> Tensor:
         """Features [B, H] (or [B, T, H] with `per_step`) from the last hidden sequence."""

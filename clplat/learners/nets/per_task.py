@@ -177,8 +177,16 @@ def _joined(parts: list[Any], order: Tensor) -> Any:
     if first is None:
         return None
     if isinstance(first, Output):
-        fields = [[getattr(p, name) for p in parts] for name in ("logits", "features", "state")]
-        return Output(*(_joined(several, order) for several in fields))
+        logits, features, state = (
+            _joined([getattr(p, name) for p in parts], order) for name in ("logits", "features", "state")
+        )
+        # Each part's penalties are means over its own rows, or of the task's weights: they count by the share of rows.
+        shares = [len(p.logits) / len(order) for p in parts]
+        penalties = {
+            name: torch.stack([p.penalties[name] * s for p, s in zip(parts, shares, strict=True)]).sum()
+            for name in first.penalties
+        }
+        return Output(logits, features, state, penalties)
     if isinstance(first, Tensor):
         return torch.cat(parts)[order]
     return tuple(_joined(list(several), order) for several in zip(*parts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -38,6 +38,10 @@ class RecurrentBlock(Block):
             raise ValueError(f"A recurrent block maps [B, T, D], got {list(hidden.shape)}: add the time axis.")
         hidden, state = self.mixer(hidden, state, reset, lengths)
         return (hidden if self.dropout is None else self.dropout(hidden)), state
+
+    def penalties(self) -> Mapping[str, Tensor]:
+        """Those of the mixer."""
+        return self.mixer.penalties()
 
 
 def recurrent(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,6 +54,10 @@ class TransformerBlock(Block):
             return hidden, state
         dense = self.contract(F.gelu(self.expand(self.norm_dense(hidden))))
         return hidden + self._drop(dense), state
+
+    def penalties(self) -> Mapping[str, Tensor]:
+        """Those of the mixer."""
+        return self.mixer.penalties()
 
     def _drop(self, branch: Tensor) -> Tensor:
         return branch if self.dropout is None else self.dropout(branch)

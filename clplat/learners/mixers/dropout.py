@@ -1,0 +1,87 @@
+"""Dropout with masks that stay the same over time. All masks come from torch's global generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a fraction to drop that is not in 0..1, or 1.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, it must be at least 0 and less than 1.")
+
+
+def drop_recurrent(weights: Sequence[Tensor], p: float) -> list[Tensor]:
+    """The weights W, U and biases of a recurrent layer, with a fraction p of U's entries zero and the others scaled.
+
+    DropConnect on recurrent weights (Merity, Keskar & Socher 2018, arXiv 1708.02182, section 2). The parameter itself
+    stays as it is, so that gradients, optimisers and `functional_call` see one U.
+
+    Args:
+        weights: W, U and whatever follows.
+        p: the fraction, 0 for none.
+    """
+    w, u, *rest = weights
+    return [w, F.dropout(u, p) if p else u, *rest]
+
+
+class LockedDropout(nn.Module):
+    """Dropout with one mask a sequence: a feature is gone at all its steps or at none.
+
+    Variational dropout (Gal & Ghahramani 2016, arXiv 1512.05287) on what goes into and out of recurrent layers; the
+    form without its mask on h_{t-1} is that of Merity, Keskar & Socher 2018 (arXiv 1708.02182, section 4.2). Every row
+    of a batch has a mask of its own, and so has every call: a sequence handed over in pieces gets one a piece.
+
+    Args:
+        p: the fraction of features set to zero in training, in 0..1 without 1; the rest is scaled by 1 / (1 - p).
+
+    Raises:
+        ValueError: p outside 0..1.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        check_fraction("dropout", p)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] under a mask [B, 1, D]; x itself in evaluation mode."""
+        if not (self.p and self.training):
+            return x
+        return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.p)
+
+
+class DroppedEmbedding(nn.Embedding):
+    """Token embeddings of which whole tokens are dropped in training, one mask a call for all rows and steps.
+
+    A dropped token is the zero vector wherever it occurs in the batch, the others are scaled by 1 / (1 - p)
+    (Gal & Ghahramani 2016, arXiv 1512.05287; Merity, Keskar & Socher 2018, arXiv 1708.02182, section 4.3).
+
+    Args:
+        vocabulary: V.
+        width: E.
+        p: the fraction of the vocabulary dropped, in 0..1 without 1.
+
+    Raises:
+        ValueError: p outside 0..1.
+    """
+
+    def __init__(self, vocabulary: int, width: int, p: float) -> None:
+        check_fraction("embedding_dropout", p)
+        super().__init__(vocabulary, width)
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:  # the base class's name
+        """Embeddings [B, T, E] of tokens [B, T]."""
+        embedded = super().forward(input)
+        if not (self.p and self.training):
+            return embedded
+        # Scaling what was looked up, not the whole table: T * B rows, where a vocabulary may be far larger.
+        return embedded * F.dropout(self.weight.new_ones(self.num_embeddings), self.p)[input][..., None]

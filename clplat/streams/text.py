@@ -1,0 +1,305 @@
+"""Text, one domain an experience: characters of files or of strings, and a generated source whose entropy is known.
+
+Documents stand one behind the other and are read in segments (`clplat.streams.segments`); at each step the next token is
+to be predicted. A document of n tokens c gives n steps: inputs <start>, c_1, ..., c_{n-1}, targets c_1, ..., c_n. So the
+first token of a document is predicted too, from nothing, and the score, bits a token, is the bits of all tokens over
+their number: bits per character, or per byte.
+
+Letters: N steps, V tokens, R regimes, K experiences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clplat.streams.experience import Experience, Stream, StreamError
+from clplat.streams.labelled import scenario_of
+from clplat.streams.loader import stable_seed
+from clplat.streams.segments import SegmentData
+
+TOY = "abcdefgh .,"
+"""The letters of the text that stands in where no file is given."""
+
+
+def text(
+    files: Mapping[str, str | Sequence[str]] | None = None,
+    separator: str | None = None,
+    unit: Literal["characters", "bytes"] = "characters",
+    bptt: int = 70,
+    rows: int = 32,
+    test_rows: int = 8,
+    valid_fraction: float = 0.0,
+    test_fraction: float = 0.1,
+    task_incremental: bool = False,
+) -> Stream:
+    """A stream of files: one author, book or domain an experience.
+
+    Args:
+        files: for each experience, by name and in order, a UTF-8 file or several. None: a generated text of three
+            domains stands in, which needs no file.
+        separator: what stands between the documents of a file ("\\n\\n", say; it is left out); None: a file is one
+            document. Empty documents are left out. A shell makes line breaks by $'stream.separator="\\n\\n"'.
+        unit: see `text_of`, as are all others.
+
+    Raises:
+        StreamError: a file that cannot be read; otherwise as `text_of`.
+    """
+    if separator == "":
+        raise StreamError("text.separator: got an empty one: give the characters between documents, or null for none.")
+    domains: Mapping[str, Sequence[str]] = toy_text()
+    if files is not None:
+        domains = {name: _documents([f] if isinstance(f, str) else f, separator) for name, f in files.items()}
+    return text_of(domains, unit, bptt, rows, test_rows, valid_fraction, test_fraction, task_incremental)
+
+
+def text_of(
+    domains: Mapping[str, Sequence[str]],
+    unit: Literal["characters", "bytes"] = "characters",
+    bptt: int = 70,
+    rows: int = 32,
+    test_rows: int = 8,
+    valid_fraction: float = 0.0,
+    test_fraction: float = 0.1,
+    task_incremental: bool = False,
+    name: str = "text",
+) -> Stream:
+    """A stream of strings, one domain an experience.
+
+    The text of a domain is cut by position: training text first, then validation, then test text. Where a cut falls
+    into a document its second part starts with the character before the cut as input, and a fresh state.
+
+    Args:
+        domains: the documents of each experience, by name and in order.
+        unit: what a token is. "characters": those that occur anywhere in the texts, one vocabulary for all
+            experiences, fixed before training (test texts count, so that no character is unknown). "bytes": all 256 of
+            UTF-8.
+        bptt: steps of a segment.
+        rows: of the training and validation text, read side by side; with a carried state the batch size.
+        test_rows: of the test texts. Each row starts fresh: 1 is exact and slow, more cost a little context each.
+        valid_fraction: of each domain's steps, from 0.
+        test_fraction: of each domain's steps, above 0.
+        task_incremental: tell the learner which domain a text is from.
+        name: of the stream.
+
+    Raises:
+        StreamError: no domain; fractions or an unknown unit that are not allowed; a domain with too little text.
+    """
+    if not domains:
+        raise StreamError("text: got no domain, it needs at least one: set stream.files={name: path, ...}.")
+    if unit not in ("characters", "bytes"):
+        raise StreamError(f"text.unit: got {unit!r}, allowed are 'characters' and 'bytes'.")
+    if valid_fraction < 0 or test_fraction <= 0 or valid_fraction + test_fraction >= 1:
+        raise StreamError(
+            f"text: valid_fraction must be at least 0, test_fraction above 0 and both below 1 in sum, got "
+            f"{valid_fraction} and {test_fraction}."
+        )
+    encoded = {n: [_codes(d, unit) for d in documents if d] for n, documents in domains.items()}
+    vocabulary = torch.arange(256)
+    if unit == "characters":
+        vocabulary = torch.cat([d for documents in encoded.values() for d in documents] or [vocabulary]).unique()
+    parts = []
+    for index, (domain, documents) in enumerate(encoded.items()):
+        x, y, first = _steps([torch.searchsorted(vocabulary, d) for d in documents], len(vocabulary))
+        tested, held = round(test_fraction * len(y)), round(valid_fraction * len(y))
+        task = index if task_incremental else None
+        ends = [0, len(y) - tested - held, len(y) - tested, len(y)]
+        pieces = [(x[a:b], y[a:b], first[a:b]) for a, b in pairwise(ends)]
+        try:
+            train = SegmentData(*pieces[0], rows, bptt, task)
+            valid = SegmentData(*pieces[1], rows, bptt, task) if valid_fraction else None
+            test = SegmentData(*pieces[2], test_rows, bptt, task)
+        except StreamError as error:
+            raise StreamError(f"text, experience {index} ({domain}): {error}") from error
+        parts.append(Experience(index, domain, (), train, test, valid, task))
+    return _stream(name, parts, len(vocabulary), task_incremental)
+
+
+@dataclass(frozen=True)
+class MarkovSource:
+    """Documents whose first letter is uniform and names a regime; what follows is a Markov chain of that regime.
+
+        p(c_1) = 1 / V,    p(c_t | c_1..c_{t-1}) = P[c_1 mod R, c_{t-1}, c_t]
+
+    With R > 1 the first letter matters to the last one: a state that is cut off loses bits. With R = 1 it is a plain
+    chain. The entropy is known in closed form (Shannon 1948, section 7: the mean of the rows' entropies).
+
+    Attributes:
+        transitions: [R, V, V] float64, rows sum to 1.
+    """
+
+    transitions: Tensor
+
+    def sample(self, documents: int, length: int, generator: torch.Generator) -> Tensor:
+        """[documents, length] int64 letters, by inverse distribution functions."""
+        regimes, letters = self.transitions.shape[:2]
+        drawn = torch.rand(documents, length, generator=generator, dtype=torch.float64)
+        columns = [(drawn[:, 0] * letters).long()]
+        regime, below = columns[0] % regimes, self.transitions.cumsum(-1)[..., :-1]
+        for u in drawn.unbind(1)[1:]:
+            columns.append((u[:, None] >= below[regime, columns[-1]]).sum(1))
+        return torch.stack(columns, 1)
+
+    def bits(self, tokens: Tensor) -> Tensor:
+        """-log2 p of each letter, [documents, length], for the letters of whole documents."""
+        regimes, letters = self.transitions.shape[:2]
+        first = torch.full(tokens[:, :1].shape, math.log2(letters), dtype=torch.float64)
+        p = self.transitions[(tokens[:, 0] % regimes)[:, None], tokens[:, :-1], tokens[:, 1:]]
+        return torch.cat([first, -p.log2()], 1)
+
+    def entropy(self, length: int) -> float:
+        """The expected bits a letter over a whole document of this length: H(document) / length."""
+        regimes, letters = self.transitions.shape[:2]
+        rows = torch.special.entr(self.transitions).sum(-1) / math.log(2)  # [R, V]
+        at = torch.zeros(regimes, letters, dtype=torch.float64)  # [R, V] p(regime, c_t)
+        at[torch.arange(letters) % regimes, torch.arange(letters)] = 1 / letters
+        total = math.log2(letters)
+        for _ in range(length - 1):
+            total += float((at * rows).sum())
+            at = torch.einsum("ri,rij->rj", at, self.transitions)
+        return total / length
+
+
+def markov_source(letters: int, regimes: int, sharpness: float, seed: int) -> MarkovSource:
+    """A source with random transitions: each row is a softmax of V numbers from N(0, sharpness^2).
+
+    Args:
+        letters: V, at least 2.
+        regimes: R, 1..V.
+        sharpness: 0 makes all letters alike; the larger, the fewer bits.
+        seed: of the transitions.
+
+    Raises:
+        StreamError: a number that is not allowed.
+    """
+    if letters < 2 or not 1 <= regimes <= letters or not sharpness >= 0:
+        raise StreamError(
+            f"markov text: letters must be at least 2, regimes lie in 1..letters and sharpness be at least 0, got "
+            f"{letters}, {regimes} and {sharpness}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(regimes, letters, letters, generator=generator, dtype=torch.float64)
+    return MarkovSource((sharpness * numbers).softmax(-1))
+
+
+def markov_text(
+    experiences: int = 3,
+    letters: int = 8,
+    regimes: int = 4,
+    sharpness: float = 2.0,
+    document: int = 200,
+    bptt: int = 35,
+    rows: int = 32,
+    test_rows: int = 8,
+    train_size: int = 500,
+    valid_size: int = 0,
+    test_size: int = 100,
+    task_incremental: bool = False,
+    order_seed: int = 0,
+    data_seed: int = 0,
+) -> Stream:
+    """Generated text: each experience has a `MarkovSource` of its own over the same letters.
+
+    The least bits a token that can be reached on experience k is `markov_source(letters, regimes, sharpness,
+    markov_seed(order_seed, k)).entropy(document)`, as a mean over texts, with a state that is carried.
+
+    Args:
+        experiences: K.
+        letters: V.
+        regimes: R of each source.
+        sharpness: of the transitions.
+        document: letters of a document.
+        bptt: steps of a segment.
+        rows: of the training and validation text, read side by side; with a carried state the batch size.
+        test_rows: of the test texts.
+        train_size: documents to train on, in each experience.
+        valid_size: documents to validate on; 0 for no such set.
+        test_size: documents to test on.
+        task_incremental: tell the learner which source a text is from.
+        order_seed: of the sources.
+        data_seed: of the documents.
+
+    Raises:
+        StreamError: sizes below 1, or numbers that `markov_source` refuses.
+    """
+    if min(experiences, document, train_size, test_size) < 1 or valid_size < 0:
+        raise StreamError(
+            "markov text: experiences, document, train_size and test_size must be at least 1 and valid_size at least "
+            f"0, got {experiences}, {document}, {train_size}, {test_size} and {valid_size}."
+        )
+    parts = []
+    for index in range(experiences):
+        source = markov_source(letters, regimes, sharpness, markov_seed(order_seed, index))
+        task, sets = (index if task_incremental else None), []
+        for split, size in (("train", train_size), ("valid", valid_size), ("test", test_size)):
+            generator = torch.Generator().manual_seed(stable_seed(data_seed, "markov text", index, split))
+            documents = list(source.sample(size, document, generator)) if size else []
+            side_by_side = test_rows if split == "test" else rows
+            sets.append(SegmentData(*_steps(documents, letters), side_by_side, bptt, task) if size else None)
+        train, valid, test = sets
+        assert train is not None
+        assert test is not None
+        parts.append(Experience(index, f"markov source {index}", (), train, test, valid, task))
+    return _stream("markov_text", parts, letters, task_incremental)
+
+
+def markov_seed(order_seed: int, index: int) -> int:
+    """The seed of the source of experience `index`."""
+    return stable_seed(order_seed, "markov source", index)
+
+
+def toy_text() -> dict[str, list[str]]:
+    """Three domains of forty documents of 200 characters each, from Markov sources with fixed seeds."""
+    domains = {}
+    for index, name in enumerate(("first", "second", "third")):
+        source = markov_source(len(TOY), 2, 2.0, markov_seed(0, index))
+        documents = source.sample(40, 200, torch.Generator().manual_seed(index))
+        domains[name] = ["".join(TOY[c] for c in d) for d in documents.tolist()]
+    return domains
+
+
+def _documents(files: Sequence[str], separator: str | None) -> list[str]:
+    documents: list[str] = []
+    for file in files:
+        try:
+            content = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise StreamError(f"text.files: cannot read {file} ({reason}): give paths of UTF-8 text files.") from error
+        documents += [content] if separator is None else content.split(separator)
+    return documents
+
+
+def _codes(document: str, unit: str) -> Tensor:
+    if unit == "bytes":
+        return torch.frombuffer(bytearray(document.encode()), dtype=torch.uint8).long()
+    return torch.tensor([*map(ord, document)])
+
+
+def _steps(documents: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs [N], targets [N] and marks of first steps [N] of documents, one behind the other."""
+    if not documents:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    y = torch.cat(list(documents))
+    first = torch.zeros(len(y), dtype=torch.bool)
+    first[torch.tensor([0, *map(len, documents)]).cumsum(0)[:-1]] = True
+    return torch.where(first, start, y.roll(1)), y, first
+
+
+def _stream(name: str, parts: Sequence[Experience], tokens: int, task_incremental: bool) -> Stream:
+    return Stream(
+        name=name,
+        experiences=tuple(parts),
+        scenario=scenario_of(task_incremental, "domain_incremental"),
+        target="token",
+        outputs=tokens,
+        vocabulary=tokens + 1,  # the start of a document is read, and never to be predicted
+        per_step=True,
+    )
