@@ -1,11 +1,16 @@
-"""Simple recurrent network (Elman 1990) on the fused kernels of torch."""
+"""Simple recurrent network (Elman 1990) on fused kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clplat.learners.mixers.loop import loop
+from clplat.kernels import cells
+from clplat.learners.mixers.compiled import compiled
+from clplat.learners.mixers.dropout import check_fraction, drop_recurrent
 from clplat.learners.mixers.mixer import Mixer, State
 
 
@@ -21,16 +26,31 @@ class Elman(Mixer):
         nonlinearity: "tanh" or "relu".
         orthogonal: True starts from an orthogonal recurrent matrix U (Saxe, McClelland & Ganguli 2014), which keeps
             the length of gradients over time; False is torch's own initialisation.
+        orthogonality: lambda of the penalty lambda ||U^T U - I||_F^2 that keeps U near the orthogonal matrices in
+            training (Vorontsov, Trabelsi, Kadoury & Pal 2017, arXiv 1702.00071); logged as `orthogonality`.
+        weight_drop: the fraction of U set to zero in training, one mask a call; see `LSTM`.
 
     Raises:
-        ValueError: an unknown nonlinearity.
+        ValueError: an unknown nonlinearity; a negative penalty; weight_drop outside 0..1.
     """
 
-    def __init__(self, features: int, hidden: int, nonlinearity: str = "tanh", orthogonal: bool = False) -> None:
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        nonlinearity: str = "tanh",
+        orthogonal: bool = False,
+        orthogonality: float = 0.0,
+        weight_drop: float = 0.0,
+    ) -> None:
         super().__init__()
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity: got {nonlinearity!r}, allowed are 'tanh' and 'relu'.")
-        self.width = hidden
+        if not orthogonality >= 0:
+            raise ValueError(f"orthogonality: got {orthogonality}, it must be at least 0 (0 is no penalty).")
+        check_fraction("weight_drop", weight_drop)
+        self.width, self.orthogonality, self.weight_drop = hidden, orthogonality, weight_drop
+        self.relu = nonlinearity == "relu"
         self.rnn = nn.RNN(features, hidden, nonlinearity=nonlinearity, batch_first=True)
         self._run, self._cell = {
             "tanh": (torch.rnn_tanh, torch.rnn_tanh_cell),
@@ -44,22 +64,35 @@ class Elman(Mixer):
     ) -> tuple[Tensor, State]:
         """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`.
 
-        With `reset` the same weights run in a loop over time, one kernel a step: slower, on a GPU by far.
+        In training on a CPU, and wherever there are resets, `clplat.kernels.cells` runs; elsewhere torch's own kernel,
+        for the reason that `GRU` gives.
         """
         (h,) = self._fresh(x) if state is None else state
-        if reset is not None:
-            return loop(self.step, x, (h,), reset)
+        if reset is not None or compiled(self, x):
+            w, u, bw, bu = self._weights()
+            gates = F.linear(x, w, bw + bu)[:, :, None]
+            y, (h,) = cells.elman(gates, u.t()[None], (h[:, None],), None if reset is None else ~reset, relu=self.relu)
+            return y[:, :, 0], (h[:, 0],)
         # As in LSTM: cuDNN's inference mode has no backward, and eval mode must not ask for it.
-        y, h = self._run(
-            x, h[None].contiguous(), [*self.rnn.all_weights[0]], True, 1, 0.0, torch.is_grad_enabled(), False, True
-        )
+        y, h = self._run(x, h[None].contiguous(), self._weights(), True, 1, 0.0, torch.is_grad_enabled(), False, True)
         return y, (h[0],)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h,), in constant memory."""
         (h,) = self._fresh(x) if state is None else state
-        h = self._cell(x, h, *self.rnn.all_weights[0])
+        h = self._cell(x, h, *self._weights())
         return h, (h,)
+
+    def penalties(self) -> Mapping[str, Tensor]:
+        """The orthogonality of U, where it is asked for."""
+        if not self.orthogonality:
+            return {}
+        u = self.rnn.all_weights[0][1]
+        apart = u.t() @ u - torch.eye(self.width, dtype=u.dtype, device=u.device)
+        return {"orthogonality": self.orthogonality * apart.square().sum()}
+
+    def _weights(self) -> list[Tensor]:
+        return drop_recurrent(self.rnn.all_weights[0], self.weight_drop if self.training else 0.0)
 
     def _fresh(self, x: Tensor) -> State:
         return (x.new_zeros(x.shape[0], self.width),)

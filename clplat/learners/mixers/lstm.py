@@ -1,11 +1,13 @@
-"""LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000) on the fused kernels of torch."""
+"""LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers, Schmidhuber & Cummins 2000) on fused kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from clplat.learners.mixers.loop import loop
+from clplat.kernels import cells
+from clplat.learners.mixers.dropout import check_fraction, drop_recurrent
 from clplat.learners.mixers.mixer import Mixer, State
 
 
@@ -15,16 +17,25 @@ class LSTM(Mixer):
     The state is (h, c), both [B, H], after the last of the T steps, padding included; padding at the end changes no
     output at a valid step. Weights are those of `nn.LSTM`, gates in the order i, f, g, o.
 
+    With `weight_drop` single weights of U are set to zero in training and the rest scaled up (DropConnect on the
+    recurrent weights: Merity, Keskar & Socher 2018, arXiv 1708.02182, section 2): one mask a call of `forward`, for all
+    its rows and steps. Every `step` is a call of its own, so in training mode it draws a mask of its own.
+
     Args:
         features: D, width of the inputs.
         hidden: H, width of the state and of the outputs.
         forget_bias: added to the bias of the forget gate at initialisation. 0 is torch's own initialisation; 1 keeps
             the memory longer at the start of training (Gers et al. 2000; Jozefowicz et al. 2015).
+        weight_drop: the fraction of U set to zero, in 0..1 without 1.
+
+    Raises:
+        ValueError: weight_drop outside 0..1.
     """
 
-    def __init__(self, features: int, hidden: int, forget_bias: float = 0.0) -> None:
+    def __init__(self, features: int, hidden: int, forget_bias: float = 0.0, weight_drop: float = 0.0) -> None:
         super().__init__()
-        self.width = hidden
+        check_fraction("weight_drop", weight_drop)
+        self.width, self.weight_drop = hidden, weight_drop
         self.rnn = nn.LSTM(features, hidden, batch_first=True)
         bias = self.rnn.all_weights[0][2]  # weights in the order W, U, b of W, b of U
         with torch.no_grad():
@@ -33,24 +44,28 @@ class LSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h, c) after step T; arguments as for `Mixer.forward`.
-
-        With `reset` the same weights run in a loop over time, one kernel a step: slower, on a GPU by far.
-        """
+        """Outputs [B, T, H] for x [B, T, D] and the state (h, c) after step T; arguments as for `Mixer.forward`."""
         h, c = self._fresh(x) if state is None else state
         if reset is not None:
-            return loop(self.step, x, (h, c), reset)
+            w, u, bw, bu = self._weights()
+            gates = F.linear(x, w, bw + bu).unflatten(-1, (1, 4, self.width))
+            recurrent = u.view(1, 4, self.width, self.width).transpose(2, 3)
+            y, (h, c) = cells.lstm(gates, recurrent, (h[:, None], c[:, None]), ~reset)
+            return y[:, :, 0], (h[:, 0], c[:, 0])
         hx = (h[None].contiguous(), c[None].contiguous())
         # nn.LSTM itself would ask for cuDNN's inference mode in eval mode, which has no backward: the exact Fisher
         # needs one. The flag means nothing else here (there is no dropout inside).
-        y, h, c = torch.lstm(x, hx, [*self.rnn.all_weights[0]], True, 1, 0.0, torch.is_grad_enabled(), False, True)
+        y, h, c = torch.lstm(x, hx, self._weights(), True, 1, 0.0, torch.is_grad_enabled(), False, True)
         return y, (h[0], c[0])
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h, c), in constant memory."""
         h, c = self._fresh(x) if state is None else state
-        h, c = torch.lstm_cell(x, (h, c), *self.rnn.all_weights[0])
+        h, c = torch.lstm_cell(x, (h, c), *self._weights())
         return h, (h, c)
+
+    def _weights(self) -> list[Tensor]:
+        return drop_recurrent(self.rnn.all_weights[0], self.weight_drop if self.training else 0.0)
 
     def _fresh(self, x: Tensor) -> State:
         zeros = x.new_zeros(x.shape[0], self.width)
