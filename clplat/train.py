@@ -163,7 +163,10 @@ def build_learner(cfg: DictConfig, stream: Any) -> Any:
     parts = {name: instantiate(part) for name, part in cfg.strategy.items()}
     built = net(inputs, makers[kind])
     if stream.target == "token" and any(isinstance(m, Mixer) and not m.causal for m in built.modules()):
-        raise ConfigError("learner.net.causal=false sees the next token, which is the target: set it to true.")
+        raise ConfigError(
+            "This learner looks ahead and sees the next token, which is the target: choose a causal one "
+            "(learner.net.causal=true for the transformer)."
+        )
     return Learner(
         net=built,
         objective=objective,

@@ -50,6 +50,8 @@ STREAMS: dict[str, list[str]] = {
     "permuted_copy": [*GENERATED, "++stream.pattern_steps=3"],
     "parity": GENERATED,
     "regular": [*GENERATED, "++stream.lengths=[[1,6]]", "++stream.test_lengths=[7,9]"],
+    "text": [],
+    "markov_text": GENERATED,
     "selective_copy": [*GENERATED, "++stream.vocabulary=6", "++stream.tokens=2", "++stream.blanks=4"],
     "mqar": [*GENERATED, "++stream.vocabulary=16", "++stream.length=12", "++stream.pairs=2"],
 }
@@ -140,7 +142,7 @@ def test_the_groups_here_are_those_that_are_known() -> None:
 def test_every_stream_that_needs_no_download_is_learnable(name: str) -> None:
     stream = stream_of(name)
     stream.check()
-    assert len(stream) == (1 if name in ("joint_digits", "regular") else 5)
+    assert len(stream) == {"joint_digits": 1, "regular": 1, "text": 3, "markov_text": 3}.get(name, 5)
 
 
 @pytest.mark.parametrize("name", [n for n in DOWNLOADED if n not in ("mnist", "avalanche")])
@@ -171,6 +173,8 @@ def refusal(learner: str, head: str, stream: Stream) -> str | None:
         return "learner.head=task needs a task-incremental stream"
     if head == "growing" and stream.target != "class":
         return "learner.head=growing needs one class a sequence"
+    if learner == "bidirectional" and stream.target == "token":
+        return "looks ahead and sees the next token"
     if learner == "mlp" and stream.per_step:
         return "An MLP gives one answer a sequence"
     if learner == "mlp" and stream.steps is None:

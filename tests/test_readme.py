@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -23,13 +24,14 @@ from clplat.config import check
 from clplat.learners.learner import Learner
 from clplat.lightning import pl
 from clplat.run import Run, Training
-from clplat.streams.experience import Stream
+from clplat.streams.experience import Batch, Stream
 from clplat.train import build_learner
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 STRATEGIES = (ROOT / "docs" / "strategies.md").read_text()
+LEARNERS = (ROOT / "docs" / "learners.md").read_text()
 QUICK = ["training.epochs=1", "learner.net.hidden=8", "tracking=none", "progress=false", "stream.experiences=2"]
 
 
@@ -166,8 +168,28 @@ def test_the_probes_block_finds_what_was_forgotten(capsys: pytest.CaptureFixture
     assert "angle between" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", [one for block in blocks(STRATEGIES, "bash") for one in block.splitlines()])
-def test_the_commands_of_the_strategies_page_are_accepted(line: str) -> None:
+def test_a_mixer_of_ones_own_carries_its_state_and_forgets_it_at_resets() -> None:
+    names: dict[str, Any] = {}
+    exec(
+        compile(blocks(LEARNERS[LEARNERS.index("<!-- own mixer -->") :], "python")[0], "docs/learners.md", "exec"),
+        names,
+    )
+    net, x = names["net"], torch.randn(2, 9, 8)
+    whole = net(Batch(x, torch.zeros(2)))
+    early = net(Batch(x[:, :4], torch.zeros(2)))
+    torch.testing.assert_close(net(Batch(x[:, 4:], torch.zeros(2)), early.state).logits, whole.logits)
+    reset = torch.zeros(2, 9, dtype=torch.bool)
+    reset[:, 4] = True
+    torch.testing.assert_close(
+        net(Batch(x, torch.zeros(2), reset=reset)).logits, net(Batch(x[:, 4:], torch.zeros(2))).logits
+    )
+    assert not torch.allclose(net(Batch(x, torch.zeros(2), reset=reset)).logits, whole.logits)
+
+
+@pytest.mark.parametrize(
+    "line", [one for page in (STRATEGIES, LEARNERS) for block in blocks(page, "bash") for one in block.splitlines()]
+)
+def test_the_commands_of_the_pages_are_accepted(line: str) -> None:
     command, train_, *words = shlex.split(line)
     assert (command, train_) == ("clplat", "train")
     with initialize_config_module("clplat.conf", version_base="1.3"):
@@ -214,7 +236,8 @@ def test_the_hooks_table_names_every_hook() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/strategies.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/strategies.md", "docs/learners.md"],
 )
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
