@@ -1,9 +1,10 @@
 """Compile every Triton kernel for GPUs that are not there, and print what it takes of them.
 
-    python benchmarks/compile_kernels.py [PATTERN ...] [--arch 80 90] [--json FILE]
+    python benchmarks/compile_kernels.py [PATTERN ...] [--arch 80 90] [--families NAME ...] [--first] [--json FILE]
 
 Registers, spills to local memory (none for want of registers), shared memory and the width of global loads, of every
-entry of every `compilations()` in `kernels/*_triton.py`. Compilers and disassembler come with Triton's wheel: no CUDA is needed.
+entry of every `compilations()` in `kernels/*_triton.py`. Compilers and disassembler come with Triton's wheel: no CUDA
+is needed.
 """
 
 from __future__ import annotations
@@ -54,15 +55,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", default=["*"], help="of kernel names")
     parser.add_argument("--arch", nargs="*", type=int, default=[80, 90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--families", nargs="*", default=["*"], help="files of kernels, such as cells_triton")
+    parser.add_argument("--first", action="store_true", help="of each kernel the first entry only, aligned")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     found = [
         compiled(one, arch, aligned)
         for path in sorted((Path(__file__).parents[1] / "kernels").glob("*_triton.py"))
-        for one in importlib.import_module(f"clplat.kernels.{path.stem}").compilations()
+        if any(fnmatch.fnmatch(path.stem, family) for family in given.families)
+        for one in listed(path.stem, given.first)
         if any(fnmatch.fnmatch(one.name, pattern + "*") for pattern in given.patterns)
         for arch in given.arch
-        for aligned in ((True,) if one.aligned_only else (True, False))
+        for aligned in ((True,) if one.aligned_only or given.first else (True, False))
     ]
     if given.json:
         given.json.write_text(json.dumps([dataclasses.asdict(r) for r in found], indent=1))
@@ -74,6 +78,14 @@ def main() -> int:
         table.add_row(*map(str, cells))
     Console(width=200).print(table)
     return int(any(r.problems for r in found) or not found)
+
+
+def listed(family: str, first: bool) -> list[Compilation]:
+    """The entries of one file of kernels; of each kernel only the first one, where that is asked for."""
+    found: list[Compilation] = importlib.import_module(f"clplat.kernels.{family}").compilations()
+    if not first:
+        return found
+    return list({one.kernel.__name__: one for one in reversed(found)}.values())
 
 
 def compiled(one: Compilation, arch: int, aligned: bool) -> Resources:
