@@ -67,4 +67,6 @@ def use_torch_threads() -> None:
     """Let numba's parallel loops use as many threads as torch may."""
     import numba
 
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+    # Numba sets its options when it is imported, out of a type checker's sight.
+    most: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
+    numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))

@@ -22,8 +22,8 @@ from clplat.kernels.selective import CHUNK
 from clplat.kernels.triton_support import Compilation
 
 NUMBERS = 256
-"""States that one warp holds: BS * BD. The backward pass has four numbers a state in registers, and their products;
-more would leave few programs for many processors, and spill where nothing is aligned."""
+"""States that one warp holds going forward: BS * BD; many programs hide one another's latency. Going backward, with
+four numbers a state and their products in registers, two warps share them: with one the compiler spills."""
 
 
 def forward(
@@ -68,7 +68,7 @@ def backward(
     made = (scratch, dx, ddt, db, dc, da, dskip, dh0)
     with torch.cuda.device_of(x):
         selective_scan_backward[(blocks, batch)](
-            *given, *made, steps, width, size, reverse, CHUNK, block, padded, num_warps=warps
+            *given, *made, steps, width, size, reverse, CHUNK, block, padded, num_warps=2 * warps
         )
     sums = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype), da.sum(0).t().contiguous().to(a.dtype)
     return dx, ddt, *sums, dskip.sum(0).to(skip.dtype), dh0.transpose(1, 2).contiguous()
@@ -87,7 +87,7 @@ def compilations() -> list[Compilation]:
             names = ("a", "skip", "states", "dh", "scratch", "db", "dc", "da", "dskip", "dh0")
             states = dict.fromkeys(names, "*fp32") | {"keep": "*i8"}
             data = dict.fromkeys(("x", "dt", "b", "c", "dy", "dx", "ddt"), kind)
-            found.append(Compilation(selective_scan_backward, data | states, constants, warps))
+            found.append(Compilation(selective_scan_backward, data | states, constants, 2 * warps))
     return found
 
 
@@ -96,7 +96,7 @@ def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _block(size: int) -> tuple[int, int, int]:
-    """BD, BS and warps."""
+    """BD, BS and warps of the forward pass."""
     padded = triton.next_power_of_2(size)
     return max(1, min(64, NUMBERS // padded)), padded, max(1, min(8, padded // NUMBERS))
 

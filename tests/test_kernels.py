@@ -144,8 +144,9 @@ def decays(draw: Draw, *shape: int) -> Tensor:
 
 
 def heads(d: int) -> tuple[int, int]:
-    """N and width of a head that make D channels: Triton's kernels take float32 heads of at most 64."""
-    return (2, d // 2) if d >= 40 else (1, d)
+    """N and width of a head that make D channels: Triton's kernels take float32 heads of at most 32."""
+    n = 4 if d >= 100 else 2 if d >= 40 else 1
+    return n, d // n
 
 
 def cell(op: Op, gates: int, states: int, vectors: tuple[int, ...] = ()) -> Case:

@@ -6,6 +6,7 @@ That every back end equals the reference is tested in `test_kernels.py`; here al
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,9 @@ def test_lstm_variants_on_every_back_end(variant: str, backend: str, peepholes: 
         torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=1e-9 if backend == "cpu" else 2e-5)
 
 
-@pytest.mark.parametrize("d", [16, 17])
-@pytest.mark.parametrize("name", ["lstm", "gru", "elman", "slstm", "lem"])
+@pytest.mark.parametrize(
+    ("name", "d"), [*product(("lstm", "gru", "elman", "slstm", "lem"), (16, 17)), ("gru", 50), ("elman", 50)]
+)
 def test_triton_sees_aligned_tensors_only(name: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors at odd addresses and of odd widths, with one result: there is no kernel for others."""
     kernels = pytest.importorskip("clplat.kernels.cells_triton")

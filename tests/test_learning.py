@@ -121,7 +121,10 @@ def test_recurrent_nets_solve_regular_languages_at_lengths_never_seen(
     learner: str, language: str, tmp_path: Path
 ) -> None:
     """Trained on 1 to 40 symbols, tested on 41 to 100 (Deletang et al. 2023)."""
-    found = accuracy(tmp_path, *small(learner), *REGULAR, f"stream.language={language}", "optimizer.lr=0.005")
+    # The GRU needs more time for the ring of five.
+    longer = (learner, language) == ("gru", "cycle_navigation")
+    pace = ["training.steps=3000", "optimizer.lr=0.003"] if longer else ["optimizer.lr=0.005"]
+    found = accuracy(tmp_path, *small(learner), *REGULAR, *pace, f"stream.language={language}")
     assert found >= 0.99
 
 
