@@ -14,8 +14,6 @@ not): loads one by one would need more registers than there are.
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 import triton
 import triton.language as tl
@@ -570,7 +568,8 @@ def compilations() -> list[Compilation]:
         # Under autocast the gates are bfloat16 and the weights float32.
         sizes = [("bf16", torch.bfloat16, 32), ("bf16", torch.bfloat16, 128), ("fp32", torch.float32, 32)]
         sizes += [(name, torch.float32, widest(cell, torch.float32)) for name in ("bf16", "fp32")]
-        for (variant, parts), (name, dtype, d) in product(variants, dict.fromkeys(sizes)):
+        cases = [(*variant, *size) for variant in variants for size in dict.fromkeys(sizes)]
+        for variant, parts, name, dtype, d in cases:
             extra = torch.empty(0, parts, 0) if parts else None
             constants = _constants(cell, variant, extra, keep, False, dtype, slots[cell], d)
             constants["DOT"] = {torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)

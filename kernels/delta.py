@@ -3,7 +3,7 @@
 The memory S maps keys to values; a step first asks it for k_t, then writes the error. Both run in chunks: within one,
 the corrections of all steps solve one unit triangular system (the WY form of a product of Householder matrices), and
 the state goes from chunk to chunk. The chunked form is made of torch's batched products and triangular solves. The
-delta rule has Triton kernels too, for keys of at most 256 features; wider ones, and Titans, run the chunked form in
+delta rule has Triton kernels too, for keys of at most 128 features; wider ones, and Titans, run the chunked form in
 torch on CUDA devices as well.
 
 Letters: B batch, T time, N heads, K key width, V value width, C steps a chunk.

@@ -35,20 +35,23 @@ from clplat.kernels.matrix_state_triton import (
 )
 from clplat.kernels.triton_support import Compilation, dot_dtype
 
-STEPS = 32
-"""Steps a chunk: no Triton release miscompiles products of this size for Hopper."""
-WIDEST = 256
-"""The greatest K: a program holds all K rows of its columns of the state."""
+STEPS = 16
+"""Steps a chunk: no Triton release miscompiles products of this size for Hopper, and more do not fit in registers."""
+WIDEST = 128
+"""The greatest K: registers hold all K rows of a program's columns of the state, and what is multiplied by them."""
 TILE = 32
 """Width of the tiles of K and V where all chunks run side by side."""
 
 
 @triton.jit(do_not_specialize=["T"])
 def inverses(
-    k, beta, gate, found, T, N, K, gb, gt, gn,
-    BT: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
+    q, k, beta, gate, found, pairs, T, N, K, gb, gt, gn,
+    PAIRS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """(I + L)^-1 of every chunk: found [B N, chunks, BT, BT]."""
+    """(I + L)^-1 of every chunk: found [B N, chunks, BT, BT].
+
+    If PAIRS, also pairs, of the same shape: k_j.q_i decayed from step j to i, with rows j and columns i >= j.
+    """
     chunks = (T + BT - 1) // BT
     row, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     b, n = row // N, row % N
@@ -57,20 +60,28 @@ def inverses(
     t = (c * BT + r).to(tl.int64)
     at = (b * T + t) * N + n
     # Rows j and columns i: a row of L is then a column, which multiplies the rows of the inverse as it is.
-    system = tl.full([BT, BT], 0.0, tl.float32)
+    system, products = tl.full([BT, BT], 0.0, tl.float32), tl.full([BT, BT], 0.0, tl.float32)
     for first in range(0, K, BK):
         ok = first + tl.arange(0, BK)
         ks = load_tile(k, at[:, None], K, ok[None, :], (t < T)[:, None] & (ok < K)[None, :])
-        kt = load_tile(k, at[None, :], K, ok[:, None], (t < T)[None, :] & (ok < K)[:, None])
+        mkt = (t < T)[None, :] & (ok < K)[:, None]
+        kt = load_tile(k, at[None, :], K, ok[:, None], mkt)
         system += tl.dot(ks.to(DOT), kt.to(DOT), input_precision="ieee")
+        if PAIRS:
+            qt = load_tile(q, at[None, :], K, ok[:, None], mkt)
+            products += tl.dot(ks.to(DOT), qt.to(DOT), input_precision="ieee")
     g = tl.load(gate + b * gb + t * gt + n * gn, mask=t < T, other=0.0).to(tl.float32)
     share = tl.load(beta + at, mask=t < T, other=0.0).to(tl.float32)
-    system = tl.where(j < i, system * spans_t(g, BT) * share[None, :], 0.0)
+    decay = spans_t(g, BT)
+    system = tl.where(j < i, system * decay * share[None, :], 0.0)
     inverse = tl.where(i == j, 1.0, 0.0)
     for step in range(1, BT):
         weights = tl.sum(tl.where(i == step, system, 0.0), 1)
         inverse -= tl.where(j == step, tl.sum(weights[:, None] * inverse, 0)[None, :], 0.0)
-    tl.store(found + ((row * chunks + c) * BT + j) * BT + i, inverse)
+    to = ((row * chunks + c) * BT + j) * BT + i
+    tl.store(found + to, inverse)
+    if PAIRS:
+        tl.store(pairs + to, products * decay)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -112,7 +123,7 @@ def corrections(
 
 @triton.jit(do_not_specialize=["T"])
 def gradient_corrections(
-    q, k, beta, gate, inverse, do, ds, solved, dv, found, ds0, T, N, K, V, gb, gt, gn,
+    q, k, beta, gate, inverse, pairs, do, ds, solved, dv, found, ds0, T, N, K, V, gb, gt, gn,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the right side of each chunk's system, solved [B, T, N, V], and dv [B, T, N, V] by it.
@@ -141,10 +152,10 @@ def gradient_corrections(
         os = load_tile(do, at[:, None], V, ov[None, :], mv).to(DOT)
         share = tl.load(beta + at, mask=t < T, other=0.0).to(tl.float32)
         g = tl.load(gate + b * gb + t * gt + n * gn, mask=t < T, other=0.0).to(tl.float32)
-        solve_t = tl.load(inverse + ((row * chunks + c) * BT + i) * BT + j)
+        corner = (row * chunks + c) * BT * BT
+        solve_t, pair = tl.load(inverse + corner + i * BT + j), tl.load(pairs + corner + j * BT + i)
         start, whole = from_start(g, BT)[None, :], tl.exp(tl.sum(g, 0))
-        pairs = tl.dot(ks.to(DOT), qt.to(DOT), input_precision="ieee") * spans_t(g, BT)
-        du = tl.dot(pairs.to(DOT), os, input_precision="ieee")
+        du = tl.dot(pair.to(DOT), os, input_precision="ieee")
         du += tl.dot((ks * to_chunk_end(g, BT)[:, None]).to(DOT), s.to(DOT), input_precision="ieee")
         right = tl.dot(solve_t, du, input_precision="ieee")
         tl.store(solved + at[:, None] * V + ov[None, :], right, mask=mv)
@@ -160,7 +171,7 @@ def gradients(
     q, k, beta, gate, u, do, solved, before, after, dq, dk, dbeta, dgate, T, B, N, K, V, gb, gt, gn,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk [B, T, N, K], and parts of dbeta (all but solved . v) and dgate, [blocks of K, B, T, N] to be summed.
+    """dq and dk [B, T, N, K], and dgate [blocks of K, B, T, N] to be summed, likewise what solved . v exceeds dbeta by.
 
     A gate's gradient is the sum of those of all spans of steps that it lies in, with no difference of sums.
     """
@@ -216,7 +227,7 @@ def gradients(
     slope += tl.sum(tl.where(j < i, sums, 0.0), 1)
     part = tl.program_id(1) * (B * T * N).to(tl.int64) + at
     tl.store(dgate + part, slope, mask=t < T)
-    tl.store(dbeta + part, -tl.sum(ks * late, 1) - tl.sum(products, 1), mask=t < T)
+    tl.store(dbeta + part, tl.sum(ks * late, 1) + tl.sum(products, 1), mask=t < T)
 
     found_q += tl.dot(inner.to(DOT), ks.to(DOT), input_precision="ieee")
     found_k += tl.dot(inner_t.to(DOT), qs.to(DOT), input_precision="ieee") - share[:, None] * late
@@ -228,11 +239,12 @@ def gradients(
 def forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """o [B, T, N, V] and the final state, for gate [1 or B, T, 1 or N, 1] and K of at most `WIDEST`."""
     q, k, v, beta, gate, s = _ready(q, k, v, beta, gate, s)
-    _, u, found = _corrections(k, v, beta, gate, s)
+    inverse = _inverses(q, k, beta, gate, s, None)
+    u, found = _corrections(k, v, beta, gate, s, inverse)
     o = torch.empty_like(v)
     grid = (q.shape[0] * q.shape[2] * (found.shape[2] - 1), triton.cdiv(v.shape[3], TILE))
     levels = {"VECTOR": False, "LEVELS": 0}  # of vector gates only
-    launch(outputs, grid, q, k, u, gate, found, o, *_sizes(q, v, gate), **levels, **_across(q))
+    launch(outputs, grid, q, k, u, gate, found, o, *_sizes(q, v, gate), **levels, **_across(q, TILE))
     return o, found[:, :, -1].clone()
 
 
@@ -243,34 +255,44 @@ def backward(
     shape, kind = gate.shape, gate.dtype
     q, k, v, beta, gate, s = _ready(q, k, v, beta, gate, s)
     do, ds = do.contiguous(), ds.contiguous()
-    inverse, u, before = _corrections(k, v, beta, gate, s)
-    sizes = _sizes(q, v, gate)
-    rows, chunks, tiles = q.shape[0] * q.shape[2], inverse.shape[2], triton.cdiv(q.shape[3], TILE)
+    sizes, across = _sizes(q, v, gate), _across(q, _narrow(q.dtype))
+    rows, chunks = q.shape[0] * q.shape[2], triton.cdiv(q.shape[1], STEPS)
+    pairs = s.new_empty((*s.shape[:2], chunks, STEPS, STEPS))
+    inverse = _inverses(q, k, beta, gate, s, pairs)
+    u, before = _corrections(k, v, beta, gate, s, inverse)
     after, ds0 = before.new_empty((*s.shape[:2], chunks, *s.shape[2:])), torch.empty_like(s)
     solved, dv = torch.empty_like(u), torch.empty_like(v)
     along = _along(k)
     grid = (rows, triton.cdiv(v.shape[3], along["BV"]))
-    launch(gradient_corrections, grid, q, k, beta, gate, inverse, do, ds, solved, dv, after, ds0, *sizes, **along)
+    made = (solved, dv, after, ds0)
+    launch(gradient_corrections, grid, q, k, beta, gate, inverse, pairs, do, ds, *made, *sizes, **along)
+    tiles = triton.cdiv(q.shape[3], across["BK"])
     dq, dk, dbeta = torch.empty_like(q), torch.empty_like(k), s.new_empty((tiles, *beta.shape))
     dgate = torch.empty_like(dbeta)
     given, made = (q, k, beta, gate, u, do, solved, before, after), (dq, dk, dbeta, dgate)
-    launch(gradients, (rows * chunks, tiles), *given, *made, sizes[0], q.shape[0], *sizes[1:], **_across(q))
-    dbeta = (dbeta.sum(0) + (solved * v).sum(-1)).to(beta.dtype)
+    launch(gradients, (rows * chunks, tiles), *given, *made, sizes[0], q.shape[0], *sizes[1:], **across)
+    dbeta = ((solved * v).sum(-1) - dbeta.sum(0)).to(beta.dtype)
     return dq, dk, dv, dbeta, dgate.sum(0)[..., None].sum_to_size(shape).to(kind).contiguous(), ds0
 
 
-def _corrections(k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverses [B, N, chunks, BT, BT], corrections [B, T, N, V] and states [B, N, chunks + 1, K, V], all float32."""
+def _inverses(q: Tensor, k: Tensor, beta: Tensor, gate: Tensor, s: Tensor, pairs: Tensor | None) -> Tensor:
+    """[B, N, chunks, BT, BT] float32; fills pairs, where they are wanted."""
     rows, chunks = s.shape[0] * s.shape[1], triton.cdiv(k.shape[1], STEPS)
-    inverse = s.new_empty((*s.shape[:2], chunks, STEPS, STEPS))
-    sizes, options = _sizes(k, v, gate), _across(k)
+    found = s.new_empty((*s.shape[:2], chunks, STEPS, STEPS))
+    sizes, options = _sizes(k, k, gate), _across(k, TILE)
     del options["BV"]
-    launch(inverses, (rows * chunks,), k, beta, gate, inverse, *sizes[:3], *sizes[4:], **options)
-    u, found = s.new_empty(v.shape), s.new_empty((*s.shape[:2], chunks + 1, *s.shape[2:]))
+    given = (q, k, beta, gate, found, found if pairs is None else pairs)
+    launch(inverses, (rows * chunks,), *given, *sizes[:3], *sizes[4:], PAIRS=pairs is not None, **options)
+    return found
+
+
+def _corrections(k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, s: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Corrections [B, T, N, V] and states [B, N, chunks + 1, K, V], float32."""
+    u, found = s.new_empty(v.shape), s.new_empty((*s.shape[:2], inverse.shape[2] + 1, *s.shape[2:]))
     along = _along(k)
-    grid = (rows, triton.cdiv(v.shape[3], along["BV"]))
-    launch(corrections, grid, k, v, beta, gate, inverse, s, u, found, *sizes, **along)
-    return inverse, u, found
+    grid = (s.shape[0] * s.shape[1], triton.cdiv(v.shape[3], along["BV"]))
+    launch(corrections, grid, k, v, beta, gate, inverse, s, u, found, *_sizes(k, v, gate), **along)
+    return u, found
 
 
 def _ready(
@@ -285,33 +307,36 @@ def _sizes(q: Tensor, v: Tensor, gate: Tensor) -> tuple[int, ...]:
     return (q.shape[1], q.shape[2], q.shape[3], v.shape[3], *gate.stride()[:3])
 
 
-def _across(q: Tensor) -> dict[str, Any]:
+def _narrow(dtype: torch.dtype) -> int:
+    """Width of the tiles of `gradients`, which accumulates more than other kernels."""
+    return 16 if dtype == torch.float32 else TILE
+
+
+def _across(q: Tensor, width: int) -> dict[str, Any]:
     """Options of the kernels that take all chunks side by side."""
-    return {"BT": STEPS, "BK": TILE, "BV": TILE, "DOT": dot_dtype(q.dtype), "num_warps": 4, "num_stages": 1}
+    return {"BT": STEPS, "BK": width, "BV": width, "DOT": dot_dtype(q.dtype), "num_warps": 4, "num_stages": 1}
 
 
 def _along(k: Tensor) -> dict[str, Any]:
     """Options of the kernels that go from chunk to chunk, with all of K in one tile."""
     wide = max(16, triton.next_power_of_2(k.shape[3]))
-    options = {"BK": wide, "BV": 32 if wide <= 64 else 16, "num_warps": 4 if wide <= 128 else 8}
-    return {"BT": STEPS, "DOT": dot_dtype(k.dtype), "num_stages": 1, **options}
+    warps = 4 if wide < 64 else 8
+    return {"BT": STEPS, "BK": wide, "BV": 16, "DOT": dot_dtype(k.dtype), "num_warps": warps, "num_stages": 1}
 
 
 def compilations() -> list[Compilation]:
-    """All kernels as launched, those along time for each width of keys."""
+    """All kernels as launched, those along time for narrow and the widest keys."""
     found = []
-    wide = {"s0", "s", "u", "found", "inverse", "solved", "before", "after", "ds", "ds0", "dbeta", "dgate", "gate"}
-    for kind, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
-        across = {"BT": STEPS, "BK": TILE, "BV": TILE, "DOT": {"*bf16": tl.bfloat16, "*fp32": tl.float32}[kind]}
-        along = [(width, _along(torch.empty(1, 1, 1, width, dtype=dtype, device="meta"))) for width in (64, 128, 256)]
-        del dtype
-        shapes: list[tuple[Any, dict[str, Any], int]] = [
-            (inverses, {n: x for n, x in across.items() if n != "BV"}, 4),
-            (outputs, across | {"VECTOR": False, "LEVELS": 0}, 4),
-            (gradients, across, 4),
-        ]
-        for _, options in along:
-            constants = across | {"BK": options["BK"], "BV": options["BV"]}
+    wide = {"s0", "u", "found", "pairs", "inverse", "solved", "before", "after", "ds", "ds0", "dbeta", "dgate", "gate"}
+    for kind, dtype, dot in (("*bf16", torch.bfloat16, tl.bfloat16), ("*fp32", torch.float32, tl.float32)):
+        narrow = {"BT": STEPS, "BK": _narrow(dtype), "BV": _narrow(dtype), "DOT": dot}
+        across = {"BT": STEPS, "BK": TILE, "BV": TILE, "DOT": dot}
+        shapes: list[tuple[Any, dict[str, Any], int]] = [(gradients, narrow, 4)]
+        shapes += [(outputs, {"VECTOR": False, **across, "LEVELS": 0}, 4)]
+        shapes += [(inverses, {"PAIRS": x, "BT": STEPS, "BK": TILE, "DOT": dot}, 4) for x in (False, True)]
+        for width in (32, WIDEST):
+            options = _along(torch.empty(1, 1, 1, width, dtype=dtype, device="meta"))
+            constants = {**across, "BK": options["BK"], "BV": options["BV"]}
             shapes += [(kernel, constants, options["num_warps"]) for kernel in (corrections, gradient_corrections)]
         for kernel, constants, warps in shapes:
             names = [n for n in kernel.arg_names if n not in {*constants, *"TBNKV", "gb", "gt", "gn"}]

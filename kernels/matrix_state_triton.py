@@ -30,6 +30,8 @@ from clplat.kernels.triton_support import Compilation, dot_dtype
 STEPS, VECTOR_STEPS = 32, 16
 """Steps a chunk, for scalar and vector gates: no Triton release miscompiles products of these sizes for Hopper, and
 more steps of a vector gate do not fit in registers."""
+WIDEST = 32
+"""Width of a tile at most."""
 LEAST: tl.constexpr = tl.constexpr(-1e4)
 """Gates are no less within products by masks, where -inf times 0 would be NaN: exp(-1e4) is 0 just as well."""
 
@@ -319,7 +321,10 @@ def gradients_qk(
     for first in range(0, V, BV):
         ov = first + tl.arange(0, BV)
         mv, mvt = (t < T)[:, None] & (ov < V)[None, :], (t < T)[None, :] & (ov < V)[:, None]
-        os, vs = load_tile(do, at[:, None], V, ov[None, :], mv).to(DOT), load_tile(v, at[:, None], V, ov[None, :], mv).to(DOT)
+        os, vs = (
+            load_tile(do, at[:, None], V, ov[None, :], mv).to(DOT),
+            load_tile(v, at[:, None], V, ov[None, :], mv).to(DOT),
+        )
         ot = tl.load(do + at[None, :] * V + ov[:, None], mask=mvt, other=0.0).to(tl.float32).to(DOT)
         vt = tl.load(v + at[None, :] * V + ov[:, None], mask=mvt, other=0.0).to(tl.float32).to(DOT)
         tile, inside = ok[None, :] * V + ov[:, None], (ok < K)[None, :] & (ov < V)[:, None]
@@ -381,10 +386,9 @@ def steps(gate: Tensor) -> int:
     return VECTOR_STEPS if gate.shape[3] > 1 else STEPS
 
 
-def block(width: int, gate: Tensor, dtype: torch.dtype) -> int:
-    """Width of a tile over `width` features: what a block of 128 threads holds in registers."""
-    most = 32 if gate.shape[3] > 1 or dtype == torch.float32 else 64
-    return max(16, min(most, triton.next_power_of_2(width)))
+def block(width: int) -> int:
+    """Width of a tile over `width` features; twice the widest does not fit in registers where rows are not aligned."""
+    return max(16, min(WIDEST, triton.next_power_of_2(width)))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,7 +396,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor) -> tuple[T
     q, k, v, gate, s = _ready(q, k, v, gate, s)
     found = _states(k, v, gate, s)
     o = torch.empty_like(v)
-    grid = (q.shape[0] * q.shape[2] * (found.shape[2] - 1), triton.cdiv(v.shape[3], block(v.shape[3], gate, q.dtype)))
+    grid = (q.shape[0] * q.shape[2] * (found.shape[2] - 1), triton.cdiv(v.shape[3], block(v.shape[3])))
     launch(outputs, grid, q, k, v, gate, found, o, *_sizes(q, v, gate), **_leveled(q, v, gate))
     return o, found[:, :, -1].clone()
 
@@ -410,8 +414,8 @@ def backward(
     after = before.new_empty((q.shape[0], q.shape[2], chunks, *s.shape[2:]))
     ds0 = torch.empty_like(s)
     across_k, across_v = (
-        triton.cdiv(q.shape[3], block(q.shape[3], gate, q.dtype)),
-        triton.cdiv(v.shape[3], block(v.shape[3], gate, q.dtype)),
+        triton.cdiv(q.shape[3], block(q.shape[3])),
+        triton.cdiv(v.shape[3], block(v.shape[3])),
     )
     sizes, options = _sizes(q, v, gate), _options(q, v, gate)
     launch(gradient_states, (rows, across_k, across_v), q, gate, do, ds, after, ds0, *sizes, **options)
@@ -434,7 +438,7 @@ def backward(
         sizes[0],
         q.shape[0],
         *sizes[1:],
-        **_leveled(q, v, gate),
+        **_for_gradients(q, v, gate),
     )
     dgate = dgate if vector else dgate.sum(0)[..., None]
     return dq, dk, dv, dgate.sum_to_size(shape).to(kind).contiguous(), ds0
@@ -454,8 +458,8 @@ def _options(q: Tensor, v: Tensor, gate: Tensor) -> dict[str, Any]:
     return {
         "VECTOR": gate.shape[3] > 1,
         "BT": steps(gate),
-        "BK": block(q.shape[3], gate, q.dtype),
-        "BV": block(v.shape[3], gate, q.dtype),
+        "BK": block(q.shape[3]),
+        "BV": block(v.shape[3]),
         "DOT": dot_dtype(q.dtype),
         "num_warps": 4,
         "num_stages": 1,
@@ -472,14 +476,20 @@ def _leveled(q: Tensor, v: Tensor, gate: Tensor) -> dict[str, Any]:
     return {**_options(q, v, gate), "LEVELS": steps(gate).bit_length() - 1}
 
 
+def _for_gradients(q: Tensor, v: Tensor, gate: Tensor) -> dict[str, Any]:
+    """Options of `gradients_qk`, which accumulates more than the registers of four warps hold."""
+    options = {**_leveled(q, v, gate), "num_warps": 8}
+    return options if options["VECTOR"] else {**options, "BV": 16}
+
+
 def _states(k: Tensor, v: Tensor, gate: Tensor, s: Tensor) -> Tensor:
     """[B, N, chunks + 1, K, V]."""
     chunks = triton.cdiv(k.shape[1], steps(gate))
     found = s.new_empty((s.shape[0], s.shape[1], chunks + 1, *s.shape[2:]))
     grid = (
         s.shape[0] * s.shape[1],
-        triton.cdiv(k.shape[3], block(k.shape[3], gate, k.dtype)),
-        triton.cdiv(v.shape[3], block(v.shape[3], gate, k.dtype)),
+        triton.cdiv(k.shape[3], block(k.shape[3])),
+        triton.cdiv(v.shape[3], block(v.shape[3])),
     )
     launch(states, grid, k, v, gate, s, found, *_sizes(k, v, gate), **_options(k, v, gate))
     return found
@@ -490,12 +500,11 @@ def compilations() -> list[Compilation]:
     found = []
     for kind, dot in (("*bf16", tl.bfloat16), ("*fp32", tl.float32)):
         for vector in (False, True):
-            width = 32 if vector or dot == tl.float32 else 64
             constants = {
                 "VECTOR": vector,
                 "BT": VECTOR_STEPS if vector else STEPS,
-                "BK": width,
-                "BV": width,
+                "BK": WIDEST,
+                "BV": WIDEST,
                 "DOT": dot,
             }
             for kernel in (states, outputs, gradient_states, gradients_v, gradients_qk):
@@ -503,5 +512,7 @@ def compilations() -> list[Compilation]:
                 wide = {"s0", "found", "before", "after", "ds", "ds0", "dgate", "gate"}
                 pointers = {n: "*fp32" if n in wide else kind for n in names}
                 levels = {"LEVELS": 4 if vector else 5} if "LEVELS" in kernel.arg_names else {}
-                found.append(Compilation(kernel, pointers, constants | levels))
+                narrow = {"BV": 16} if kernel is gradients_qk and not vector else {}
+                warps = 8 if kernel is gradients_qk else 4
+                found.append(Compilation(kernel, pointers, constants | levels | narrow, warps))
     return found
