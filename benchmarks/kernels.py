@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from clplat.kernels.cells import lstm
+from clplat.kernels.cells import lstm, slstm
 from clplat.kernels.delta import delta_rule
 from clplat.kernels.diagonal import min_gru, scan
 from clplat.kernels.matrix_state import matrix_state
@@ -161,6 +161,13 @@ def mixer_run(mixer: nn.Module, x: Tensor, gradient: Tensor) -> None:
     torch.autograd.grad(y, [x, *mixer.parameters()], gradient)
 
 
+def cell_run(project: nn.Linear, recurrent: Tensor, x: Tensor, gradient: Tensor) -> None:
+    """Forward and backward of an sLSTM's recurrence with its input projection, and nothing else."""
+    heads, _, width, _ = recurrent.shape
+    y, _ = slstm(project(x).view(*x.shape[:2], heads, 4, width), recurrent)
+    torch.autograd.grad(y.flatten(2), [x, recurrent, *project.parameters()], gradient)
+
+
 def cells(device: torch.device) -> Iterator[Group]:
     """Fused nonlinear recurrences."""
     tolerance = 1e-5 if device.type == "cpu" else 2e-2
@@ -178,6 +185,12 @@ def cells(device: torch.device) -> Iterator[Group]:
             "nn.LSTM": partial(mixer_run, nn.LSTM(width, width, batch_first=True), x, dy)
         }
         sides |= {f"clplat {name}": partial(mixer_run, layer, x, dy) for name, layer in layers.items()}
+        sides["clplat sLSTM, convolution and norm"] = sides.pop("clplat sLSTM")
+        project, heads = (
+            nn.Linear(width, 4 * width),
+            leaf(device, torch.float32, 4, 4, width // 4, width // 4, scale=0.05),
+        )
+        sides["clplat sLSTM, the cell"] = partial(cell_run, project, heads, x, dy)
         sides["nn.GRU"] = partial(mixer_run, nn.GRU(width, width, batch_first=True), x, dy)
         check = [leaf(device, torch.float32, 3, 20, 2, 4, 16), leaf(device, torch.float32, 2, 4, 16, 16, scale=0.2)]
         yield Group(
@@ -274,6 +287,7 @@ def measured(group: Group, rounds: int, device: torch.device) -> list[tuple[str,
         source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
         target = torch.empty_like(source)
         sides["copy"] = partial(target.copy_, source)
+        sides["copy to new memory"] = source.clone  # what an op does that returns new tensors
     for run in sides.values():
         run()  # compiles, and fills caches
         run()
@@ -285,10 +299,10 @@ def measured(group: Group, rounds: int, device: torch.device) -> list[tuple[str,
     rows = []
     for name, took in times.items():
         median = statistics.median(took)
-        moved = 2 * copied if name == "copy" else group.moved.get(name, 0)
+        moved = 2 * copied if name.startswith("copy") else group.moved.get(name, 0)
         rate = moved / median / 1e9
         share = ""
-        if moved and name != "copy":
+        if moved and not name.startswith("copy"):
             share = f"{100 * statistics.median(c / t for c, t in zip(times['copy'], took, strict=True)) * moved / (2 * copied):.0f} %"
         ratio = statistics.median(t / f for t, f in zip(took, first, strict=True))
         rows.append((
