@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clplat.kernels.backend import State, state_dtype, use_torch_threads
+from clplat.kernels import backend
+from clplat.kernels.backend import State, state_dtype
 
 SERIAL_BELOW = 65_536
 """Numbers read below which a second thread costs more than it takes off."""
@@ -88,12 +89,7 @@ def first_state(
 
 def use_threads(work: int) -> None:
     """As many of numba's threads as the work is worth: one, or as many as torch may use."""
-    if work >= SERIAL_BELOW:
-        use_torch_threads()
-        return
-    import numba
-
-    numba.set_num_threads(1)
+    backend.use_threads(torch.get_num_threads() if work >= SERIAL_BELOW else 1)
 
 
 def flipped(x: Tensor, reverse: bool) -> Tensor:

@@ -19,7 +19,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 from torch import Tensor
 
-from clplat.kernels.backend import use_torch_threads
+from clplat.kernels.backend import use_threads
 from clplat.kernels.numba_exp import FASTMATH, exp
 
 SERIAL_BELOW = 1 << 20
@@ -150,9 +150,7 @@ def _common(
     gates: Tensor, flat: Tensor, extra: Tensor | None, keep: Tensor | None, options: list[float], reverse: bool
 ) -> tuple[Any, ...]:
     b, t, n, g, d = gates.shape
-    use_torch_threads()
-    if b * t * flat.numel() < SERIAL_BELOW:
-        numba.set_num_threads(1)
+    use_threads(1 if b * t * flat.numel() < SERIAL_BELOW else torch.get_num_threads())
     rows = 4 * max(1, min(ROWS // 4, b * n // (4 * numba.get_num_threads())))
     no_extra, no_keep = gates.new_empty(n, 0, d), torch.empty(0, 0, dtype=torch.bool)
     return (

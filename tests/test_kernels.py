@@ -10,6 +10,8 @@ Letters: B batch, T time, D channels, N heads.
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -630,3 +632,18 @@ def test_the_back_end_follows_the_tensor_and_the_argument() -> None:
         choose("cuda", x)
     with pytest.raises(ValueError, match="backend='cpu' got a tensor on meta"):
         choose("cpu", torch.zeros(1, device="meta"))
+
+
+def test_compiled_kernels_leave_the_number_of_torchs_threads_alone() -> None:
+    """In a process of its own: numba starts its threads once, and shares OpenMP's setting with torch."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from clplat.kernels.diagonal import scan\n"
+        "from clplat.kernels.softmax_scan import softmax_scan\n"
+        "from clplat.kernels.cells import elman\n"
+        "scan(torch.rand(4, 300, 200), torch.rand(4, 300, 200)); print(torch.get_num_threads())\n"
+        "softmax_scan(torch.rand(4, 300, 2), torch.rand(4, 300, 2, 64)); print(torch.get_num_threads())\n"
+        "elman(torch.rand(4, 99, 1, 64), torch.rand(1, 64, 64)); print(torch.get_num_threads())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["1"] * 3, done.stdout + done.stderr
