@@ -13,7 +13,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_exp import FASTMATH
+from clplat.kernels.numba_math import FASTMATH
 
 SLAB = 32
 """Blocks of one task."""

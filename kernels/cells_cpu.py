@@ -15,12 +15,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 from torch import Tensor
 
 from clplat.kernels.backend import use_threads
-from clplat.kernels.numba_exp import FASTMATH, exp
+from clplat.kernels.numba_math import FASTMATH, exp, log1p, tanh
 
 SERIAL_BELOW = 1 << 20
 """Multiplications below which a team of threads costs more than it saves."""
@@ -42,60 +41,6 @@ _KERNEL: dict[str, Any] = {
     },
 }
 _HELPER: dict[str, Any] = {"cache": True, "fastmath": FASTMATH, "error_model": "numpy"}
-_INNER: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy"}
-
-
-def tanh(x: Any) -> Any:
-    """tanh(x) within numba's kernels; in single precision relatively exact for small x too, and it vectorises."""
-    raise NotImplementedError("only within functions compiled by numba")
-
-
-@overload(tanh, jit_options=_INNER)  # pyright: ignore[reportArgumentType] a dict, as numba documents
-def _tanh(x):
-    if x != types.float32:
-        return lambda x: np.tanh(x)
-
-    def single(x):
-        one, two = np.float32(1), np.float32(2)
-        # A polynomial in x^2 (Cephes) where 1 - 2 / (exp(2 |x|) + 1) would cancel.
-        a = abs(x)
-        q = x * x
-        p = np.float32(-5.70498872745e-3)
-        p = p * q + np.float32(2.06390887954e-2)
-        p = p * q + np.float32(-5.37397155531e-2)
-        p = p * q + np.float32(1.33314422036e-1)
-        p = p * q + np.float32(-3.33332819422e-1)
-        small = x + x * q * p
-        large = one - two / (exp(two * a) + one)
-        return small if a < np.float32(0.625) else (large if x > np.float32(0) else -large)
-
-    return single
-
-
-def log1p(x: Any) -> Any:
-    """log(1 + x) for 0 <= x <= 1 within numba's kernels; in single precision it vectorises."""
-    raise NotImplementedError("only within functions compiled by numba")
-
-
-@overload(log1p, jit_options=_INNER)  # pyright: ignore[reportArgumentType] a dict, as numba documents
-def _log1p(x):
-    if x != types.float32:
-        return lambda x: np.log1p(x)
-
-    def single(x):
-        # 2 atanh(s) with s = x / (2 + x) <= 1/3, by its series.
-        s = x / (np.float32(2) + x)
-        q = s * s
-        p = np.float32(1 / 15)
-        p = p * q + np.float32(1 / 13)
-        p = p * q + np.float32(1 / 11)
-        p = p * q + np.float32(1 / 9)
-        p = p * q + np.float32(1 / 7)
-        p = p * q + np.float32(1 / 5)
-        p = p * q + np.float32(1 / 3)
-        return np.float32(2) * (s + s * q * p)
-
-    return single
 
 
 def forward(
@@ -168,7 +113,7 @@ def _array(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
 
-@njit(**_INNER)
+@njit(**_HELPER)
 def _sigmoid(x, first, last):
     """In place on columns first..last of the rows of x."""
     one = x.dtype.type(1)

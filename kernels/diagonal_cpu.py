@@ -7,21 +7,20 @@ needs many checks for overlap. They are compiled without the assumption that the
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from numba import njit, prange
 from torch import Tensor
 
 from clplat.kernels.backend import use_torch_threads
+from clplat.kernels.numba_math import FASTMATH, exp, expm1, number, sigmoid
 
 OPTIONS: dict[str, Any] = {
     "cache": True,
     "nogil": True,
-    "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
+    "fastmath": FASTMATH,
     "error_model": "numpy",
 }
 """Python's error model tests each divisor for zero, and what can raise is not vectorised."""
@@ -30,102 +29,6 @@ SERIAL_BELOW = 65_536
 """Elements below which a team of threads costs more than it saves."""
 WIDEST_SLAB = 4096
 """Channels a job works on: several rows of scratch stay in the first two caches."""
-
-
-@intrinsic
-def _as_float32(typingctx: Any, bits: Any) -> Any:
-    """The float32 with these 32 bits."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], context.get_value_type(types.float32))
-
-    return types.float32(types.int32), build
-
-
-def exp(x: Any) -> Any:
-    """exp(x), in kernels only; for float32 a polynomial that vectorises, to 2e-7 relative.
-
-    It stays within the normal numbers, 1e-38 to 2e38, whatever x is, but NaN stays NaN.
-    """
-    return math.exp(x)
-
-
-@overload(
-    exp, jit_options={"fastmath": {"contract"}, "forceinline": True}
-)  # reassociation would undo ln 2 in two parts
-def _exp(x: Any) -> Any:
-    def exact(x: Any) -> Any:
-        return math.exp(x)
-
-    def polynomial(x: Any) -> Any:
-        x = np.float32(-87.3) if x < np.float32(-87.3) else x
-        x = np.float32(88.3) if x > np.float32(88.3) else x
-        y = x * np.float32(1.44269504)
-        n = np.int32(y + (np.float32(0.5) if y > np.float32(0) else np.float32(-0.5)))
-        k = np.float32(n)
-        r = (x - k * np.float32(0.693359375)) + k * np.float32(2.12194440e-4)
-        p = np.float32(1 / 5040)
-        p = p * r + np.float32(1 / 720)
-        p = p * r + np.float32(1 / 120)
-        p = p * r + np.float32(1 / 24)
-        p = p * r + np.float32(1 / 6)
-        p = p * r + np.float32(0.5)
-        p = p * r + np.float32(1)
-        p = p * r + np.float32(1)
-        bits = np.int32((n + np.int32(127)) << np.int32(23))
-        return p * _as_float32(bits)  # pyright: ignore[reportCallIssue]  # numba adds the typing context
-
-    return polynomial if x == types.float32 else exact
-
-
-def expm1(x: Any) -> Any:
-    """exp(x) - 1 for x <= 0 without cancellation; vectorises for float32."""
-    return math.expm1(x)
-
-
-@overload(expm1, jit_options={"fastmath": {"contract"}, "forceinline": True})
-def _expm1(x: Any) -> Any:
-    def exact(x: Any) -> Any:
-        return math.expm1(x)
-
-    def polynomial(x: Any) -> Any:
-        p = np.float32(1 / 362880)
-        p = p * x + np.float32(1 / 40320)
-        p = p * x + np.float32(1 / 5040)
-        p = p * x + np.float32(1 / 720)
-        p = p * x + np.float32(1 / 120)
-        p = p * x + np.float32(1 / 24)
-        p = p * x + np.float32(1 / 6)
-        p = p * x + np.float32(0.5)
-        p = p * x + np.float32(1)
-        return p * x if x > np.float32(-0.5) else exp(x) - np.float32(1)
-
-    return polynomial if x == types.float32 else exact
-
-
-def number(value: float, like: Any) -> Any:
-    """A constant of another number's type; a Python one would turn float32 arithmetic into float64."""
-    return value
-
-
-@overload(number)
-def _number(value: Any, like: Any) -> Any:
-    def single(value: Any, like: Any) -> Any:
-        return np.float32(value)
-
-    def double(value: Any, like: Any) -> Any:
-        return np.float64(value)
-
-    return single if like == types.float32 else double
-
-
-@njit(**OPTIONS, forceinline=True)
-def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)); small results keep their digits, so that 1 - sigmoid(x) is sigmoid(-x)."""
-    one = number(1, x)
-    e = exp(-abs(x))
-    p = one / (one + e)
-    return p if x >= number(0, x) else e * p
 
 
 @njit(**OPTIONS, forceinline=True)

@@ -13,7 +13,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_exp import FASTMATH, exp
+from clplat.kernels.numba_math import FASTMATH, exp
 from clplat.kernels.wkv import CHUNK
 
 SLAB = 128

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from numba import njit
 
-from clplat.kernels.numba_exp import FASTMATH, exp
 from clplat.kernels.wkv import wkv
 
 
@@ -40,19 +37,3 @@ def test_bad_shapes_are_refused() -> None:
     x = torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match=r"decay has shape \[3\], it must be \[D=4\]"):
         wkv(x, x, torch.zeros(3), torch.zeros(4))
-
-
-def test_the_vectorised_exponential_is_one() -> None:
-    @njit(fastmath=FASTMATH)
-    def all_of(x, y):
-        for i in range(len(x)):
-            y[i] = exp(x[i])
-
-    x = np.linspace(-87, 88, 50_001).astype(np.float32)
-    y, expected = np.empty_like(x), np.exp(x.astype(np.float64))
-    all_of(x, y)
-    assert np.max(np.abs(y - expected) / expected) < 2e-7
-    edges = np.array([-np.inf, -1e30, -88, 0, 89, np.inf, np.nan], np.float32)
-    y = np.empty_like(edges)
-    all_of(edges, y)
-    np.testing.assert_array_equal(y, np.array([0, 0, 0, 1, np.inf, np.inf, np.nan], np.float32))
