@@ -258,9 +258,10 @@ def test_every_learner_learns_something(learner: str, stream: str, tmp_path: Pat
 
 
 def tiny_images(data_root: str | None = None, download: bool = False) -> Labelled:
-    """Stands for MNIST: 28x28, ten classes."""
+    """Stands for MNIST: 28x28, a fifth of the pixels lit as there (the published rates are as high as those bear)."""
     g = torch.Generator().manual_seed(0)
-    sets = [(torch.rand(n, 28, 28, generator=g), torch.arange(n) % 10) for n in (60, 20)]
+    images = [(torch.rand(n, 28, 28, generator=g) * 5 - 4).clamp_min(0) for n in (60, 20)]
+    sets = [(x, torch.arange(len(x)) % 10) for x in images]
     return Labelled("tiny", *sets[0], *sets[1], classes=10)
 
 

@@ -83,6 +83,26 @@ def test_split_task_incremental_tells_the_task_everywhere():
             assert task.tolist() == [i] * len(task)
 
 
+def test_split_with_labels_from_zero_asks_the_same_question_in_every_experience():
+    toy = source()
+    order = [2, 0, 1, 3]  # place in the experience: class 2 -> 0, 0 -> 1, 1 -> 0, 3 -> 1
+    stream = split(toy, experiences=2, class_order=order, labels_from_zero=True, valid_fraction=0.1)
+    stream.check()
+    assert (stream.scenario, stream.outputs) == ("domain_incremental", 2)
+    first = {float(x[0, 0]): int(y) for x, y in zip(toy.train_x, toy.train_y, strict=True)}
+    first |= {float(x[0, 0]): int(y) for x, y in zip(toy.test_x, toy.test_y, strict=True)}
+    for e, classes in zip(stream, ({2, 0}, {1, 3}), strict=True):
+        assert e.classes == (0, 1)
+        for data in (e.train, e.valid, e.test):
+            batch = everything(data)
+            was = [first[v] for v in batch.x[:, 0, 0].tolist()]
+            assert set(was) == classes
+            assert batch.y.tolist() == [{2: 0, 0: 1, 1: 0, 3: 1}[c] for c in was]
+    assert split(toy, experiences=2, labels_from_zero=True, task_incremental=True).scenario == "task_incremental"
+    with pytest.raises(StreamError, match=r"as many classes in every experience, got \[1, 3\]"):
+        split(toy, classes_per_experience=[1, 3], labels_from_zero=True)
+
+
 def test_split_orders():
     toy = source()
     assert [e.classes for e in split(toy, classes_per_experience=[1, 3], class_order=[2, 0, 1, 3])] == [

@@ -1,8 +1,9 @@
-"""Class- and task-incremental streams: each experience brings classes of its own (van de Ven & Tolias, 2019)."""
+"""Streams cut by class: class-, task- or domain-incremental (van de Ven & Tolias, 2019)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,11 +20,14 @@ def split(
     class_order: Literal["natural", "random"] | Sequence[int] = "natural",
     order_seed: int = 0,
     task_incremental: bool = False,
+    labels_from_zero: bool = False,
     as_: Layout = "rows",
     valid_fraction: float = 0.0,
     data_seed: int = 0,
 ) -> Stream:
-    """A data set cut by class. Labels keep their meaning: class 7 is output 7 in every experience.
+    """A data set cut by class. Labels keep their meaning, class 7 is output 7 in every experience, unless they are to
+    begin at 0 in each: the outputs are then shared, and the same question is asked of ever new classes (the
+    domain-incremental scenario of van de Ven & Tolias; split MNIST: is the digit the first or the second of its pair?).
 
     Args:
         source: the data set, C classes.
@@ -32,22 +36,25 @@ def split(
         class_order: "natural" (0, 1, ...), "random" (by `order_seed`) or all classes in the order wanted.
         order_seed: of the random order; not the training seed.
         task_incremental: tell the learner which experience an example is from.
+        labels_from_zero: label classes by their place in their experience, 0, 1, ...; experiences of equal size only.
         as_: layout of the inputs.
         valid_fraction: share of every class's training examples to hold out, 0..1.
         data_seed: of that choice.
 
     Raises:
-        StreamError: classes that cannot be dealt out as asked, or an order that is not one of all classes.
+        StreamError: classes that cannot be dealt out as asked, an order that is not one of all classes, or labels
+            from zero where experiences have different numbers of classes.
     """
     order = _order(source.classes, class_order, order_seed)
     sizes = _sizes(source.classes, experiences, classes_per_experience)
     source = source.laid_out(as_)
+    data = _from_zero(source, order, sizes) if labels_from_zero else source
     train, valid = hold_out(source.train_y, valid_fraction, data_seed)
     parts = []
     for index, classes in enumerate(torch.tensor(order).split(sizes)):
         parts.append(
             make_experience(
-                source,
+                data,
                 index,
                 f"{source.name} {' '.join(map(str, sorted(classes.tolist())))}",
                 train[torch.isin(source.train_y[train], classes)],
@@ -56,7 +63,20 @@ def split(
                 task_label=index if task_incremental else None,
             )
         )
-    return make_stream(f"split_{source.name}", parts, scenario_of(task_incremental, "class_incremental"), source)
+    scenario = scenario_of(task_incremental, "domain_incremental" if labels_from_zero else "class_incremental")
+    return make_stream(f"split_{source.name}", parts, scenario, data)
+
+
+def _from_zero(source: Labelled, order: Sequence[int], sizes: Sequence[int]) -> Labelled:
+    """The data set with each class labelled by its place in its experience."""
+    if len(set(sizes)) > 1:
+        raise StreamError(
+            f"labels_from_zero=true needs as many classes in every experience, got {list(sizes)}: "
+            "use experiences=K, or one number in classes_per_experience."
+        )
+    place = torch.empty(source.classes, dtype=torch.int64)
+    place[torch.tensor(order)] = torch.arange(source.classes) % sizes[0]
+    return replace(source, train_y=place[source.train_y], test_y=place[source.test_y], classes=sizes[0])
 
 
 def _order(classes: int, order: str | Sequence[int], seed: int) -> list[int]:
