@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from clplat import functional
 from clplat.learners.nets.hyper import GeneratedNet
 from clplat.proposed_step import proposed
 from clplat.state import StateModule
@@ -102,7 +102,7 @@ class OutputRegularizer(StateModule):
     def _penalty(self, net: GeneratedNet, point: dict[str, Tensor], labels: list[int], chosen: list[int]) -> Tensor:
         embeddings = _embeddings(net, labels)
         wanted, wanted_states = self._wanted(net, embeddings, chosen)
-        outputs, states = functional_call(net.generator, point, (embeddings,))
+        outputs, states = functional.call(net.generator, point, embeddings)
         apart = outputs - wanted
         own = net.owned(labels)
         if own is not None:
@@ -121,7 +121,7 @@ class OutputRegularizer(StateModule):
         shapes = {name: p.shape for name, p in net.generator.named_parameters()}
         pieces = self.theta.split([shape.numel() for shape in shapes.values()])
         old = {name: t.view(shape) for (name, shape), t in zip(shapes.items(), pieces, strict=True)}
-        return functional_call(net.generator, old, (embeddings,))
+        return functional.call(net.generator, old, embeddings)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The state of the draws."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from clplat import functional
 from clplat.buffers import Reservoir
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
@@ -81,5 +81,5 @@ class MIR(Strategy):
                 f"net.{n}": w if g is None else w - lr * g for (n, w), g in zip(weights.items(), gradients, strict=True)
             }
             before = -learner.objective.log_likelihood(learner(candidates).logits, candidates)
-            after = -learner.objective.log_likelihood(functional_call(learner, moved, (candidates,)).logits, candidates)
+            after = -learner.objective.log_likelihood(functional.call(learner, moved, candidates).logits, candidates)
         return after - before

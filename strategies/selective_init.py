@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from clplat import functional
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
@@ -100,7 +100,7 @@ class SelectiveInit(Strategy):
             here = batch.task == task
             if bool(here.any()):
                 past = unflatten(learner.net, self.library[row])
-                logits[here] = functional_call(learner.net, past, (batch.rows(here),)).logits.to(logits.dtype)
+                logits[here] = functional.call(learner.net, past, batch.rows(here)).logits.to(logits.dtype)
         return logits
 
     def report(self) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
+from clplat import functional
 from clplat.learners.nets.net import Net, Output, State
 from clplat.state import StateModule
 from clplat.streams.experience import Batch, Experience
@@ -76,7 +76,7 @@ class Tasks(StateModule):
 
 
 class PerTaskNet(Net):
-    """A net around another, which is run with the weights of the batch's task (by `torch.func.functional_call`).
+    """A net around another, which is run with the weights of the batch's task (by `clplat.functional.call`).
 
     Rows of several tasks are run task by task and put back in order. The task of a row is its label in `Batch.task`;
     where there is none, the active task. A training batch of current rows only is taken to be of the active task, so
@@ -148,11 +148,11 @@ class PerTaskNet(Net):
 
     def _run(self, label: int, call: Callable[..., Any], *args: Any) -> Any:
         weights = {f"net.{name}": weight for name, weight in self.weights_for(label).items()}
-        return functional_call(_Caller(self.template), weights, (call, *args))
+        return functional.call(_Caller(self.template), weights, call, *args)
 
 
 class _Caller(nn.Module):
-    """Runs any method of a net where `functional_call` only runs `forward`."""
+    """Runs any method of a net where `functional.call` only runs `forward`."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
