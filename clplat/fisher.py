@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clplat.per_example import SquaredGradients
+from clplat.per_example import SquaredGradients, Way
 from clplat.streams.experience import UNSCORED, Batch, Data
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fisher(
     examples: int | None,
     generator: torch.Generator,
     batch_size: int = 128,
-    taps: bool = True,
+    way: Way = "taps",
 ) -> dict[str, Tensor]:
     """The diagonal Fisher information of the learner's weights, as a mean over examples.
 
@@ -68,7 +68,7 @@ def fisher(
         examples: a random subset of this size; None or more than there are: all.
         generator: on the CPU; draws the subset and the labels of "sampled".
         batch_size: examples a pass; changes the cost, not the result (but for "batched").
-        taps: False gives every example passes of its own: slow, for tests.
+        way: see `clplat.per_example`; anything but "taps" is slower, for tests.
 
     Returns:
         For each name in `learner.weights()` a tensor of that parameter's shape.
@@ -92,7 +92,7 @@ def fisher(
 
     if kind == "batched":
         return _batched(learner, data, chosen.split(batch_size))
-    squares = SquaredGradients(lambda batch: learner(batch).logits, learner.weights(), taps)
+    squares = SquaredGradients(learner, learner.weights(), way)
     with untouched(learner):
         for batch in data.batches(chosen.split(batch_size)):
             squares.add(batch.to(learner.device), cotangents)

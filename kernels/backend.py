@@ -30,11 +30,14 @@ def choose(backend: str | None, x: Tensor) -> str:
         backend: "reference", "cpu" or "triton"; None chooses.
         x: one of the inputs.
 
+    Under the transforms of `torch.func` (vmap, grad, vjp, ...), which torch's custom ops have no rules for, None chooses
+    the reference.
+
     Raises:
         ValueError: an unknown back end, or one that cannot run on x's device.
     """
     if backend is None:
-        if not (x.is_floating_point() or x.is_complex()):
+        if not (x.is_floating_point() or x.is_complex()) or _transformed():
             return "reference"
         if x.device.type == "cpu":
             return "cpu"
@@ -51,6 +54,11 @@ def choose(backend: str | None, x: Tensor) -> str:
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton': the package triton is not installed (pip install triton).")
     return backend
+
+
+def _transformed() -> bool:
+    # torch has no public name for this; its own `autograd/function.py` asks in this way.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def interpreting() -> bool:

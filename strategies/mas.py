@@ -74,7 +74,7 @@ class MAS(Strategy):
             scored = learner.objective.scored(batch)
             return [force if scored is None else force * scored[..., None]]
 
-        sums = AbsoluteGradients(lambda batch: learner(batch).logits, learner.weights())
+        sums = AbsoluteGradients(learner, learner.weights())
         with untouched(learner):
             for batch in experience.train.batches(chosen.split(self.batch_size)):
                 sums.add(batch.to(learner.device), cotangents)

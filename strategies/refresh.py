@@ -178,7 +178,7 @@ class Refresh(Strategy):
             root = (0.5 * likelihood.detach()).exp()
             return [slope * root.view(-1, *[1] * (slope.ndim - 1))]
 
-        sums = SquaredGradients(lambda batch: learner(batch).logits, learner.weights())
+        sums = SquaredGradients(learner, learner.weights())
         with untouched(learner):
             for batch in experience.train.batches(chosen.split(self.batch_size)):
                 sums.add(batch.to(learner.device), cotangents)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat import functional
 from clplat.learners.mixers.aaren import Aaren
 from clplat.learners.mixers.attention import Attention, rotate
 from clplat.learners.mixers.block_lrnn import BlockLRNN
@@ -465,6 +466,23 @@ def test_fused_path_equals_torch_module_bit_for_bit(name: str) -> None:
     # gradients in eval mode too (the exact Fisher)
     (gradient,) = torch.autograd.grad(mixer(x)[0].sum(), [next(mixer.parameters())])
     assert gradient.abs().sum() > 0
+
+
+@each_mixer
+def test_gradients_of_single_rows_side_by_side(name: str) -> None:
+    """`torch.func` differentiates every mixer, as the exact Fisher of its nets needs it."""
+    mixer, x = build(name), inputs(5)
+    weights = {n: p.detach() for n, p in mixer.named_parameters()}
+    torch.manual_seed(3)
+    wanted = torch.randn_like(mixer(x)[0])
+
+    def score(weights: dict[str, Tensor], row: Tensor, wanted: Tensor) -> Tensor:
+        return (functional.call(mixer, weights, row[None])[0][0] * wanted).sum()
+
+    found = torch.func.vmap(torch.func.grad(score), (None, 0, 0))(weights, x, wanted)
+    for b in range(B):
+        right = torch.autograd.grad((mixer(x[b : b + 1])[0][0] * wanted[b]).sum(), list(mixer.parameters()))
+        close([found[n][b] for n in weights], list(right))
 
 
 # Not those of positive states: their candidates are 1/2 where all weights are 0.

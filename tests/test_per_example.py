@@ -22,11 +22,11 @@ from clplat.learners.mixers.gru import GRU
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Inputs, Net, Output
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import Objective, objective_for
-from clplat.per_example import AbsoluteGradients, SquaredGradients
+from clplat.per_example import AbsoluteGradients, SquaredGradients, Way
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import UNSCORED, Batch, Data, Experience
 
@@ -37,34 +37,49 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+class OfBatches(nn.Module):
+    """Gives a module [B, ...] -> [B, C] the signature of a learner."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Output:
+        return Output(self.module(batch.x), features=batch.x, state=())
+
+
 def squares(
-    module: nn.Module, x: Tensor, taps: bool, kind: type[SquaredGradients] = SquaredGradients, **options: Any
-) -> dict[str, Tensor]:
-    """Of a module [B, ...] -> [B, C], with three cotangents."""
+    module: nn.Module, x: Tensor, way: Way, kind: type[SquaredGradients] = SquaredGradients
+) -> tuple[dict[str, Tensor], str]:
+    """Of a module [B, ...] -> [B, C], with three cotangents; and the way that it went in the end."""
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    found = kind(lambda batch: module(batch.x), weights, taps=taps, **options)
+    found = kind(OfBatches(module), weights, way)
 
     def cotangents(logits: Tensor, batch: Batch) -> list[Tensor]:
         g = generator(3)
         return [torch.randn(logits.shape, generator=g, dtype=logits.dtype) for _ in range(3)]
 
     found.add(Batch(x=x, y=x), cotangents)
-    return found.total
+    return found.total, found.way
 
 
-def compare(module: nn.Module, x: Tensor, fast: bool = True) -> None:
+def compare(module: nn.Module, x: Tensor, way: Way = "taps") -> None:
+    """Begun by taps it goes `way`, begun by vmap that way or example by example: the sums are always the same."""
     module = module.double().eval()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tapped = squares(module, x, taps=True)
-        absolute = squares(module, x, taps=True, kind=AbsoluteGradients)
-    assert bool(caught) is not fast, [str(w.message) for w in caught]
-    for found, kind in ((tapped, SquaredGradients), (absolute, AbsoluteGradients)):
-        plain = squares(module, x, taps=False, kind=kind)
+    torchs = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules())
+    ends: dict[Way, Way] = {"taps": way, "mapped": "single" if way == "single" or torchs else "mapped"}
+    for kind in (SquaredGradients, AbsoluteGradients):
+        plain, _ = squares(module, x, "single", kind)
         assert plain
-        for name in plain:
-            assert float(plain[name].max()) > 0 or plain[name].numel() == 0, name
-            torch.testing.assert_close(found[name], plain[name], rtol=1e-9, atol=1e-14, msg=name)
+        for begin, expected in ends.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found, end = squares(module, x, begin, kind)
+            assert end == expected
+            assert bool(caught) is (end == "single"), [str(w.message) for w in caught]
+            for name in plain:
+                assert float(plain[name].max()) > 0 or plain[name].numel() == 0, name
+                torch.testing.assert_close(found[name], plain[name], rtol=1e-9, atol=1e-14, msg=name)
 
 
 class Last(nn.Module):
@@ -210,19 +225,40 @@ class TimeMajor(nn.Module):
         return self.linear(x.transpose(0, 1)).tanh().sum(0)
 
 
-@pytest.mark.parametrize("module", [Decay, Custom])
-def test_any_other_use_of_a_parameter_goes_example_by_example(module: Callable[[], nn.Module]) -> None:
-    compare(module(), torch.randn(B, T, D, dtype=torch.float64), fast=False)
+class Shared(nn.Module):
+    """A module registered in two places, which uses its parameter in a way that is not recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        one = Decay()
+        self.one, self.two, self.into = nn.ModuleList([one]), nn.ModuleList([one]), nn.Linear(H, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two[0](self.into(self.one[0](x))[:, None])
+
+
+@pytest.mark.parametrize("module", [Decay, Shared])
+def test_any_other_use_of_a_parameter_goes_side_by_side(module: Callable[[], nn.Module]) -> None:
+    compare(module(), torch.randn(B, T, D, dtype=torch.float64), "mapped")
 
 
 @pytest.mark.parametrize("steps", [2, T, B])
-def test_time_major_layers_go_example_by_example(steps: int) -> None:
-    compare(TimeMajor(), torch.randn(B, steps, D, dtype=torch.float64), fast=False)
+def test_time_major_layers_go_side_by_side(steps: int) -> None:
+    compare(TimeMajor(), torch.randn(B, steps, D, dtype=torch.float64), "mapped")
 
 
-def test_the_warning_names_the_parameter() -> None:
-    with pytest.warns(UserWarning, match="decay is used outside of recorded layers"):
-        squares(Decay().double(), torch.randn(B, T, D, dtype=torch.float64), taps=True)
+def test_what_cannot_be_mapped_goes_example_by_example() -> None:
+    compare(Custom(), torch.randn(B, T, D, dtype=torch.float64), "single")
+    with pytest.warns(UserWarning, match=r"example by example, which is slow: torch.func.vmap cannot run this net \("):
+        squares(Custom().double(), torch.randn(B, T, D, dtype=torch.float64), "taps")
+
+
+@pytest.mark.parametrize(("numbers", "steps"), [(1, 2**15), (2**24, 1), (3 * (D * H + 2 * H), 2**15), (2**24, 4 * T)])
+def test_parts_of_a_batch_add_up(numbers: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time, or three of nine, or four."""
+    monkeypatch.setattr("clplat.per_example.AT_ONCE", numbers)
+    monkeypatch.setattr("clplat.per_example.STEPS_AT_ONCE", steps)
+    compare(Decay(), torch.randn(B, T, D, dtype=torch.float64), "mapped")
 
 
 def learner(
@@ -262,7 +298,7 @@ def test_the_fisher_of_every_net_goes_fast_and_equals_the_loop(net: str, kind: s
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast = fisher(made, data, kind, None, generator(), batch_size=4)
-    slow = fisher(made, data, kind, None, generator(), batch_size=4, taps=False)
+    slow = fisher(made, data, kind, None, generator(), batch_size=4, way="single")
     assert fast.keys() == made.weights().keys()
     for name in slow:
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-8, atol=1e-13, msg=name)
@@ -478,6 +514,6 @@ def test_one_example_and_float32() -> None:
     made = Learner(NETS["lstm"](Inputs(features=D, steps=T), partial(Head, outputs=C)), objective_for("class"))
     assert isinstance(made.objective, Objective)
     data = TensorData(torch.randn(1, T, D), torch.randint(C, (1,)))
-    fast, slow = (fisher(made, data, "exact", None, generator(), taps=taps) for taps in (True, False))
+    fast, slow = (fisher(made, data, "exact", None, generator(), way=way) for way in ("taps", "single"))
     for name in slow:
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=1e-9)
