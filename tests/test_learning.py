@@ -22,20 +22,33 @@ pytestmark = pytest.mark.slow
 @dataclass(frozen=True)
 class Reached:
     """What a learner must exceed: on the digits after 300 steps, and on selective copy (T 64, chance 1/6) after `steps`,
-    at a learning rate of 0.006 for 250 steps and of 0.003 for 600. None: it stays near chance in so few."""
+    at a learning rate of 0.006 for 250 steps and of 0.003 for 600. `options` are for selective copy only."""
 
     digits: float
-    copy: float | None
+    copy: float
     steps: int = 250
+    options: tuple[str, ...] = ()
 
 
 REACHED = {
     "aaren": Reached(0.85, 0.60, 600),
-    "awd_lstm": Reached(0.60, None),
+    "awd_lstm": Reached(
+        0.60,
+        0.40,
+        2500,
+        ("learner.net.layers=1", "learner.net.activation=0", "learner.net.temporal_activation=0", "optimizer.lr=0.006"),
+    ),
     "bidirectional": Reached(0.80, 0.85, 600),
-    "block_lrnn": Reached(0.90, None),
+    "block_lrnn": Reached(
+        0.90, 0.45, 800, ("++learner.net.hidden=32", "learner.net.mixer.block=4", "optimizer.lr=0.006")
+    ),
     "deltanet": Reached(0.90, 0.90),
-    "elman": Reached(0.90, None),
+    "elman": Reached(
+        0.90,
+        0.65,
+        3000,
+        ("learner.net.mixer.nonlinearity=relu", "learner.net.mixer.init=identity", "optimizer.lr=0.001"),
+    ),
     "gate_loop": Reached(0.85, 0.25, 600),
     "gated_deltanet": Reached(0.90, 0.85),
     "gla": Reached(0.85, 0.40),
@@ -64,8 +77,9 @@ REACHED = {
     "titans": Reached(0.90, 0.85),
     "transformer": Reached(0.90, 0.35),
 }
-"""Elman nets forget over 56 blanks (those with relu and an orthogonal start get 0.3); the AWD-LSTM is too strongly
-regularised, and the block-diagonal LRNN too slow, for so few steps."""
+"""Three need other settings. An Elman net as torch starts it passes on a gradient of 1e-20 over 60 blanks; relu with U = I
+keeps it. Either penalty of the AWD-LSTM keeps a net of one layer near chance, for it must carry the memory in the outputs that
+they make small and slow; dropout stays. Blocks of 4 x 4 forget less than those of 8 x 8, and cost less."""
 
 
 def accuracy(folder: Path, *overrides: str) -> float:
@@ -99,15 +113,14 @@ def test_it_learns_the_digits(learner: str, tmp_path: Path) -> None:
     assert found > REACHED[learner].digits
 
 
-@pytest.mark.parametrize("learner", [name for name, reached in REACHED.items() if reached.copy is not None])
+@pytest.mark.parametrize("learner", REACHED)
 def test_it_learns_selective_copy(learner: str, tmp_path: Path) -> None:
     """Four tokens among 56 blanks, to be repeated at the end: 64 steps."""
     reached = REACHED[learner]
-    assert reached.copy is not None
     found = accuracy(
         tmp_path, *small(learner), "stream=selective_copy", "stream.experiences=1", "stream.vocabulary=8",
         "stream.tokens=4", "stream.blanks=56", "stream.test_size=200", f"optimizer.lr={0.006 if reached.steps == 250 else 0.003}",
-        f"training.steps={reached.steps}", "training.batch_size=32",
+        f"training.steps={reached.steps}", "training.batch_size=32", *reached.options,
     )  # fmt: skip
     assert found > reached.copy
 

@@ -56,7 +56,7 @@ CAUSAL: dict[str, Callable[[int, int], Mixer]] = {
     "block_lrnn": BlockLRNN,
     "block_lrnn_plain": lambda d, h: BlockLRNN(d, h, block=5, norm=1.0, centred=False),
     "elman": Elman,
-    "elman_relu": lambda d, h: Elman(d, h, nonlinearity="relu", orthogonal=True),
+    "elman_relu": lambda d, h: Elman(d, h, nonlinearity="relu", init="orthogonal"),
     "lstm": LSTM,
     "lstm_forget_bias": lambda d, h: LSTM(d, h, forget_bias=1.0),
     "gru": GRU,
@@ -434,6 +434,8 @@ def test_bidirectional_attention_is_declared_and_refuses_what_it_cannot_do() -> 
 def test_options_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'gelu'.*'tanh' and 'relu'"):
         Elman(D, H, nonlinearity="gelu")
+    with pytest.raises(ValueError, match=r"init: got 'ones', allowed are 'torch', 'orthogonal' and 'identity'"):
+        Elman(D, H, init="ones")
     with pytest.raises(ValueError, match=r"hidden=40 and heads=3"):
         Attention(D, H, heads=3)
     with pytest.raises(ValueError, match=r"heads=0"):
@@ -453,8 +455,14 @@ def test_initialisation_options() -> None:
     expected = torch.zeros(4, H)
     expected[1] = 1.5  # the forget gate's
     torch.testing.assert_close(differences[2].view(4, H), expected)
-    _, u, _, _ = Elman(D, H, orthogonal=True).double().parameters()
+    _, u, _, _ = Elman(D, H, init="orthogonal").double().parameters()
     torch.testing.assert_close(u @ u.T, torch.eye(H, dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_an_elman_net_begun_as_the_identity_hands_its_state_on() -> None:
+    h = torch.rand(2, 8)
+    y, _ = Elman(4, 8, "relu", init="identity")(torch.zeros(2, 56, 4), (h,))
+    torch.testing.assert_close(y, h[:, None].expand(2, 56, 8))
 
 
 @pytest.mark.parametrize("name", ["elman", "lstm", "gru"])

@@ -210,7 +210,7 @@ def test_the_penalty_on_recurrent_matrices_is_the_sum_over_layers(make: Callable
 
 
 def test_a_net_run_with_other_weights_penalises_these() -> None:
-    net = recurrent(FLOATS, shared, mixer=partial(Elman, orthogonality=1.0, orthogonal=True), hidden=H).double()
+    net = recurrent(FLOATS, shared, mixer=partial(Elman, orthogonality=1.0, init="orthogonal"), hidden=H).double()
     assert float(net(batch_of()).penalties["orthogonality"].detach()) < 1e-9
     zeros = {n: torch.zeros_like(p) for n, p in net.named_parameters()}
     output = torch.func.functional_call(net, zeros, (batch_of(),))

@@ -24,14 +24,15 @@ class Elman(Mixer):
         features: D, width of the inputs.
         hidden: H, width of the state and of the outputs.
         nonlinearity: "tanh" or "relu".
-        orthogonal: True starts from an orthogonal recurrent matrix U (Saxe, McClelland & Ganguli 2014), which keeps
-            the length of gradients over time; False is torch's own initialisation.
+        init: of the recurrent matrix U: "torch" as torch does, whose gradients vanish over some ten steps; "orthogonal"
+            (Saxe, McClelland & Ganguli 2014); "identity", with biases of zero, which together with relu hands the state
+            on as it is (Le, Jaitly & Hinton 2015, arXiv 1504.00941; they start W smaller, with deviation 0.001).
         orthogonality: lambda of the penalty lambda ||U^T U - I||_F^2 that keeps U near the orthogonal matrices in
             training (Vorontsov, Trabelsi, Kadoury & Pal 2017, arXiv 1702.00071); logged as `orthogonality`.
         weight_drop: the fraction of U set to zero in training, one mask a call; see `LSTM`.
 
     Raises:
-        ValueError: an unknown nonlinearity; a negative penalty; weight_drop outside 0..1.
+        ValueError: an unknown nonlinearity or init; a negative penalty; weight_drop outside 0..1.
     """
 
     def __init__(
@@ -39,13 +40,15 @@ class Elman(Mixer):
         features: int,
         hidden: int,
         nonlinearity: str = "tanh",
-        orthogonal: bool = False,
+        init: str = "torch",
         orthogonality: float = 0.0,
         weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity: got {nonlinearity!r}, allowed are 'tanh' and 'relu'.")
+        if init not in ("torch", "orthogonal", "identity"):
+            raise ValueError(f"init: got {init!r}, allowed are 'torch', 'orthogonal' and 'identity'.")
         if not orthogonality >= 0:
             raise ValueError(f"orthogonality: got {orthogonality}, it must be at least 0 (0 is no penalty).")
         check_fraction("weight_drop", weight_drop)
@@ -56,8 +59,13 @@ class Elman(Mixer):
             "tanh": (torch.rnn_tanh, torch.rnn_tanh_cell),
             "relu": (torch.rnn_relu, torch.rnn_relu_cell),
         }[nonlinearity]
-        if orthogonal:
-            nn.init.orthogonal_(self.rnn.all_weights[0][1])  # W, U, then the biases
+        _, u, *biases = self.rnn.all_weights[0]
+        if init == "orthogonal":
+            nn.init.orthogonal_(u)
+        elif init == "identity":
+            nn.init.eye_(u)
+            for bias in biases:
+                nn.init.zeros_(bias)
 
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
