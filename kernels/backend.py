@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +67,17 @@ def _transformed() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors: slow, and for tests only."""
     return HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def without_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in which autocast does not turn products of states to half precision."""
+
+    @functools.wraps(call)
+    def wide(x: Tensor, *args: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return call(x, *args)
+
+    return wide
 
 
 def state_dtype(x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clplat.kernels.backend import State, choose
+from clplat.kernels.backend import State, choose, without_autocast
 from clplat.kernels.matrix_state import (
     check_keep,
     check_qkv,
@@ -162,6 +162,7 @@ def titans(
     return (o.flip(1) if reverse else o), (m, s)
 
 
+@without_autocast
 def _titans_run(
     q: Tensor,
     k: Tensor,
@@ -282,19 +283,21 @@ class _Corrected:
         states, corrections = [s], []
         for n in range(q.shape[2]):
             now = states[-1]
-            u = own[:, :, n] - self.reached(self.inverse[:, :, n] @ now, n)
+            u = own[:, :, n] - _reached(self.inverse[:, :, n] @ now, self.inverse[:, :, n])
             corrections.append(u)
             states.append(_moved(w.move[:, :, n], now) + self.writes[:, :, n].mT @ u)
         self.u, self.states = torch.stack(corrections, 2), torch.stack(states, 2)
-
-    def reached(self, x: Tensor, n: int | slice) -> Tensor:
-        """x, and 0 in rows that nothing from before the chunk reaches: an overflowed state does not outlive a reset."""
-        return torch.where(self.w.enter[:, :, n].amax(-2)[..., None] == 0, 0.0, x)
 
 
 def _spread(x: Tensor, weight: Tensor) -> Tensor:
     """[..., C, P K]: x [..., C, K] times each of weight [..., P, C]."""
     return torch.cat([x * one[..., None] for one in weight.unbind(-2)], -1)
+
+
+def _reached(x: Tensor, weight: Tensor) -> Tensor:
+    """x, and 0 in rows whose weights of the state before the chunk are all 0: an overflowed state does not outlive a
+    reset. (A correction can depend on that state although the memory after its step does not.)"""
+    return torch.where((weight == 0).all(-1, keepdim=True), 0.0, x)
 
 
 def _moved(move: Tensor, states: Tensor) -> Tensor:
@@ -304,13 +307,15 @@ def _moved(move: Tensor, states: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * parts).sum(-3).flatten(-3, -2)
 
 
+@without_autocast
 def _corrected_forward(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, w: _Weights, s: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [B, N, NC, C, V] and the states [B, N, P K, V] after the last chunk; all inputs in chunks."""
     c = _Corrected(q, k, v, beta, w, s)
-    o = c.reached(c.queries @ c.states[:, :, :-1], slice(None)) + ((q @ k.mT) * w.out) @ c.u
+    o = _reached(c.queries @ c.states[:, :, :-1], w.enter.mT) + ((q @ k.mT) * w.out) @ c.u
     return o, c.states[:, :, -1]
 
 
+@without_autocast
 def _corrected_backward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, w: _Weights, s: Tensor, do: Tensor, ds: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], _Weights, Tensor]:
@@ -328,8 +333,7 @@ def _corrected_backward(
     right = torch.linalg.solve_triangular(c.system.mT, du, upper=True, unitriangular=True)
     before = c.states[:, :, :-1]
 
-    every = slice(None)
-    dqueries, dkeys = c.reached(do @ before.mT, every), -beta * c.reached(right @ before.mT, every)
+    dqueries, dkeys = _reached(do @ before.mT, w.enter.mT), -beta * _reached(right @ before.mT, w.ask.mT)
     dwrites = c.u @ after.mT
     outer, inner = do @ c.u.mT, -(right @ c.u.mT).tril(-1)
     dout, dpairs = outer * w.out, inner * beta * w.read
@@ -337,7 +341,7 @@ def _corrected_backward(
     dq = dout @ k + (blocks[0] * w.enter[..., None]).sum(-3)
     dk = dout.mT @ q + (dpairs + dpairs.mT) @ k
     dk = dk + (blocks[1] * w.ask[..., None] + blocks[2] * w.write[..., None]).sum(-3)
-    error = v - c.reached(c.keys @ before, every)
+    error = v - _reached(c.keys @ before, w.ask.mT)
     dbeta = (right * error).sum(-1, keepdim=True) + (inner * w.read * c.pairs).sum(-1, keepdim=True)
     moves = after.unflatten(-2, (count, -1)).flatten(-2) @ before.unflatten(-2, (count, -1)).flatten(-2).mT
     weights = _Weights(

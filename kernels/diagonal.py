@@ -332,9 +332,9 @@ def _coefficients(mode: str, inputs: tuple[Tensor, ...], w: Tensor | None, fresh
 
 def _bounded_sqrt(x: Tensor) -> Tensor:
     """sqrt(x), with a derivative of at most `SQRT_SLOPE_LIMIT`."""
+    least = 0.25 / SQRT_SLOPE_LIMIT**2
     fixed = x.detach()
-    slope = 0.5 * fixed.clamp(min=0.25 / SQRT_SLOPE_LIMIT**2).rsqrt()
-    return fixed.sqrt() + (x - fixed) * slope
+    return torch.where(x > least, x.clamp(min=least).sqrt(), fixed.sqrt() + (x - fixed) * SQRT_SLOPE_LIMIT)
 
 
 def _fresh(x: Tensor, initial: Tensor | None, keep: Tensor | None, reverse: bool) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clplat.kernels.backend import State, choose, state_dtype
+from clplat.kernels.backend import State, choose, state_dtype, without_autocast
 
 EMPTY = -1e30
 """Log scale of an mLSTM state that holds nothing: finite, so that no difference of two of them is NaN."""
@@ -121,7 +121,9 @@ def _run(
         return torch.ops.clplat.matrix_state(q, k, v, gate, s, chunk, chosen)
     following = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], 1)
     past, last = torch.ops.clplat.matrix_state(following, k, v, gate, s, chunk, chosen)
-    first = (q[:, :1, :, :, None].to(s.dtype) * s[:, None]).sum(3)
+    # A state that is forgotten at once takes no part: 0 times an infinite one would be the gradient of q.
+    read = s if keep is None else torch.where(keep[:, 0, None, None, None].bool(), s, 0.0)
+    first = (q[:, :1, :, :, None].to(s.dtype) * read[:, None]).sum(3)
     past = torch.cat([first.to(v.dtype), past[:, :-1]], 1)
     if keep is not None:
         past = torch.where(keep[:, :, None, None].bool(), past, 0.0)
@@ -277,6 +279,7 @@ class _Chunks:
         return torch.where(self.start.amax(-1, keepdim=True) == 0, 0.0, x)
 
 
+@without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     c = _Chunks(q, k, v, gate, s, chunk)
     o = c.reached((c.q * c.start) @ c.states[:, :, :-1])
@@ -291,6 +294,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: in
     return from_chunks(o, v), c.states[:, :, -1].clone()
 
 
+@without_autocast
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, do: Tensor, ds: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -413,6 +417,7 @@ def mlstm(
     if len(initial_state) != 3 or [x.ndim for x in initial_state] != [4, 3, 2]:
         shapes = [tuple(x.shape) for x in initial_state]
         raise ValueError(f"initial_state: got shapes {shapes}, it has to be (C [B, N, K, V], n [B, N, K], m [B, N]).")
+    initial_state = tuple(x.to(state_dtype(q)) for x in initial_state)
     chosen = choose(backend, q)
     if reverse:
         q, k, v, input_gate, forget_gate = (x.flip(1) for x in (q, k, v, input_gate, forget_gate))

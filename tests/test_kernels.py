@@ -562,6 +562,16 @@ def test_half_precision_inputs(name: str, backend: str) -> None:
     assert_near(gradients(actual, g.leaves()), gradients(expected, exact.leaves()), 2e-2)
 
 
+@each_op
+def test_autocast_leaves_states_and_their_products_alone(name: str) -> None:
+    g = given(name, t=130).to(torch.float32, torch.device("cpu"))
+    expected = run(name, g, "cpu", True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(name, g, "cpu", True)
+    assert_near(actual, expected, 1e-6)
+    assert_near(gradients(actual, g.leaves()), gradients(expected, g.leaves()), 1e-5)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if "triton" in case.backends])
 @pytest.mark.gpu

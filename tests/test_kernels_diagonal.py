@@ -245,3 +245,13 @@ def test_importing_it_imports_neither_numba_nor_triton() -> None:
     code = "import sys, clplat.kernels.diagonal; assert not {'numba', 'triton'} & set(sys.modules)"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_second_derivative_of_the_reference() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    decay = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: diagonal.rg_lru(*x, backend="reference")[0],
+        (*inputs, decay),
+    )

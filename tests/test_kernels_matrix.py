@@ -146,3 +146,42 @@ def test_bad_input_is_refused() -> None:
         titans(q, k, v, rate(), rate(), rate(), (normal(B, N, K, V),))
     with pytest.raises(ValueError, match="input_gate: got"):
         mlstm(q, k, v, rate()[:1], rate())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_titans_corrects_by_a_memory_that_the_step_forgets(dtype: torch.dtype) -> None:
+    """alpha = 1 and eta = 0 forget M and S, but the step's correction asks the memory before it."""
+    k = torch.tensor([1.0, 0.0], dtype=dtype).expand(1, 12, 1, 2)
+    one = torch.ones(1, 12, 1, dtype=dtype)
+    m = torch.tensor([[3.0, 5.0], [0.0, 0.0]], dtype=dtype).view(1, 1, 2, 2).requires_grad_()
+    state = (m, torch.zeros_like(m))
+    chunked, loop = (titans(k, k, 0 * k, one, 0 * one, one, state, backend=b)[0] for b in ("cpu", "reference"))
+    assert loop[0, -1].tolist() == [[3.0, 5.0]]  # written anew with the opposite sign at every step
+    torch.testing.assert_close(chunked, loop)
+    torch.testing.assert_close(*(torch.autograd.grad(o.sum(), m)[0] for o in (chunked, loop)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_titans_with_strong_gates_over_many_chunks(scale: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 300, 2, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    k = torch.nn.functional.normalize(k, dim=-1)
+    a, b, c = (torch.sigmoid(scale * torch.randn(1, 300, 2, generator=g, dtype=torch.float64)) for _ in range(3))
+    exact = titans(q, k, v, a, b, c, backend="reference")[0]
+    q, k, v, a, b, c = (x.float() for x in (q, k, v, a, b, c))
+    single = titans(q, k, v, a, b, c, backend="cpu")[0]
+    assert (single.double() - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_an_overflowed_state_that_is_forgotten_has_no_gradient_with_a_bonus() -> None:
+    q = torch.randn(1, 3, 1, 2, requires_grad=True)
+    state, keep = (torch.full((1, 1, 2, 2), torch.inf),), torch.tensor([[False, True, True]])
+    o, _ = matrix_state(q, q, q, None, state, keep, bonus=torch.ones(1, 2))
+    assert torch.autograd.grad(o.sum(), q)[0].isfinite().all()
+
+
+def test_mlstm_brings_its_initial_state_to_the_dtype_of_states() -> None:
+    q, gate = torch.randn(1, 3, 1, 2), torch.randn(1, 3, 1)
+    _, state = mlstm(q, q, q, gate, gate)
+    _, last = mlstm(q, q, q, gate, gate, tuple(s.bfloat16() for s in state))
+    assert [s.dtype for s in last] == [torch.float32] * 3

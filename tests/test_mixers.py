@@ -477,6 +477,20 @@ def test_fused_path_equals_torch_module_bit_for_bit(name: str) -> None:
 
 
 @each_mixer
+def test_bf16_mixed_precision(name: str) -> None:
+    """What `trainer.precision=bf16-mixed` does: near the full precision, and the state may be used outside of it."""
+    mixer, x, late = build(name).float(), inputs(9).bfloat16(), inputs(4, seed=2).float()
+    whole, _ = mixer(torch.cat([x.float(), late], 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(x)  # in bfloat16, as the layer before gives it
+        slopes = torch.autograd.grad(y.float().square().sum(), list(mixer.parameters()), retain_graph=True)
+    y_late, _ = mixer(late, state)
+    assert all(g.isfinite().all() for g in slopes)
+    for found, right in ((y, whole[:, :9]), (y_late, whole[:, 9:])):
+        assert (found - right).norm() < 0.05 * right.norm()  # bf16 rounds to 0.4 %, and errors add up over layers
+
+
+@each_mixer
 def test_gradients_of_single_rows_side_by_side(name: str) -> None:
     """`torch.func` differentiates every mixer, as the exact Fisher of its nets needs it."""
     mixer, x = build(name), inputs(5)

@@ -572,3 +572,22 @@ def test_layers_of_hgrn_share_their_bounds() -> None:
     close(other(x).logits, made(x).logits)
     with pytest.raises(ValueError, match="layers: got 0"):
         hgrn(Inputs(features=D), lambda width: Head(width, 3), layers=0)
+
+
+def test_s4d_recurrence_stays_in_single_precision_under_autocast() -> None:
+    torch.manual_seed(0)
+    mixer, x = S4D(8, 8, glu=False), torch.randn(2, 70, 8)
+    expected = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixer(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_s4d_bilinear_where_a_is_zero() -> None:
+    """dt (n + 1) / 2 = 1: the state lasts one step, and the logarithm of its decay is -inf."""
+    torch.manual_seed(0)
+    mixer = S4D(4, 4, states=8, init="real", discretisation="bilinear", dt_min=0.25, dt_max=0.25)
+    x = torch.randn(2, 9, 4)
+    y, _ = mixer(x)
+    torch.testing.assert_close(y, mixer(x, None, torch.zeros(2, 9, dtype=torch.bool))[0])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), list(mixer.parameters())))

@@ -421,3 +421,10 @@ def test_norms() -> None:
 def test_what_does_not_fit_is_refused(make: Callable[[], Mixer], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_retnet_keeps_its_decays_in_half_precision() -> None:
+    """bfloat16 would round the last four of eight to 1: heads that never forget."""
+    gamma = RetNet(8, 64, heads=8).bfloat16().gamma
+    assert gamma.dtype == torch.float32
+    assert gamma.tolist() == [1 - 2.0 ** -(5 + n) for n in range(8)]

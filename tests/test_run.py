@@ -176,6 +176,21 @@ def test_schedule_starts_anew_and_clipping_bounds_the_step(trainer):
     assert rates == pytest.approx([1e-2 * f for f in (1, 0.75, 0.5, 0.25)] * 2)
 
 
+def test_the_backward_pass_runs_without_autocast(trainer):
+    """As torch recommends: under it, products of what the forward pass kept in single precision would be rounded."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Watch(Strategy):
+        def loss(self, learner, batch, output):
+            before = torch.is_autocast_enabled("cpu")
+            output.features.register_hook(lambda _: seen.append((before, torch.is_autocast_enabled("cpu"))))
+            return {}
+
+    stream = tiny_stream(experiences=1)
+    Run(stream, tiny_learner(stream, Watch()), trainer(precision="bf16-mixed"), Training(steps=2)).go()
+    assert seen == [(True, False)] * 2
+
+
 @pytest.mark.parametrize("options", [{"head": GrowingHead}, {"logit_mask": "seen"}])
 def test_joint_training_makes_room_for_all_classes(trainer, options):
     stream = tiny_stream()

@@ -256,7 +256,8 @@ class Learner(pl.LightningModule):
                 terms[name] = term.detach()
                 total = total + term
             terms["loss"] = total.detach()
-            total.backward()
+            with torch.autocast(self.device.type, enabled=False):  # its products have the forward pass's precisions
+                total.backward()
             return output
 
         def update(closure: Closure) -> Output:

@@ -75,7 +75,7 @@ class Elman(Mixer):
         In training on a CPU, and wherever there are resets, `clplat.kernels.cells` runs; elsewhere torch's own kernel,
         for the reason that `GRU` gives.
         """
-        (h,) = self._fresh(x) if state is None else state
+        (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         if reset is not None or compiled(self, x):
             w, u, bw, bu = self._weights()
             gates = F.linear(x, w, bw + bu)[:, :, None]
@@ -87,7 +87,7 @@ class Elman(Mixer):
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h,), in constant memory."""
-        (h,) = self._fresh(x) if state is None else state
+        (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         h = self._cell(x, h, *self._weights())
         return h, (h,)
 

@@ -47,7 +47,7 @@ class GRU(Mixer):
         the time there. Elsewhere it is torch's own kernel: fast per-example gradients (`clplat.per_example`, always in
         evaluation mode) know that one only.
         """
-        (h,) = self._fresh(x) if state is None else state
+        (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         if reset is not None or not self.reset_after or compiled(self, x):
             return self._fused(x, h, reset)
         # As in LSTM: cuDNN's inference mode has no backward, and eval mode must not ask for it.
@@ -56,7 +56,7 @@ class GRU(Mixer):
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h,), in constant memory."""
-        (h,) = self._fresh(x) if state is None else state
+        (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         if not self.reset_after:
             y, state = self._fused(x[:, None], h, None)
             return y[:, 0], state

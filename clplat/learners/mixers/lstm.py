@@ -45,7 +45,7 @@ class LSTM(Mixer):
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Outputs [B, T, H] for x [B, T, D] and the state (h, c) after step T; arguments as for `Mixer.forward`."""
-        h, c = self._fresh(x) if state is None else state
+        h, c = self._fresh(x) if state is None else (s.to(x.dtype) for s in state)
         if reset is not None:
             w, u, bw, bu = self._weights()
             gates = F.linear(x, w, bw + bu).unflatten(-1, (1, 4, self.width))
@@ -60,7 +60,7 @@ class LSTM(Mixer):
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h, c), in constant memory."""
-        h, c = self._fresh(x) if state is None else state
+        h, c = self._fresh(x) if state is None else (s.to(x.dtype) for s in state)
         h, c = torch.lstm_cell(x, (h, c), *self._weights())
         return h, (h, c)
 

@@ -37,7 +37,7 @@ class RetNet(Mixer):
         ValueError: `hidden` is not a multiple of 2 * heads; an expansion below 1.
     """
 
-    gamma: Tensor
+    exponent: Tensor
 
     def __init__(self, features: int, hidden: int, heads: int = 4, expansion: int = 2, base: float = 10_000.0) -> None:
         super().__init__()
@@ -48,11 +48,16 @@ class RetNet(Mixer):
         self.project = nn.Linear(features, sum(self.sizes), bias=False)  # queries, keys, values, gate
         self.norm = HeadNorm(heads, expansion * hidden // heads, weight=False, bias=False)
         self.out = nn.Linear(expansion * hidden, hidden, bias=False)
-        # Stored before the logarithm: these are exact in single precision, their logarithms are not.
-        self.register_buffer("gamma", 1 - 2.0 ** (-5.0 - torch.arange(heads)), persistent=False)
+        # Integers: a module in half precision would round gammas of late heads to 1.
+        self.register_buffer("exponent", 5 + torch.arange(heads), persistent=False)
         for part in self.project.weight.detach().split(self.sizes):
             nn.init.xavier_uniform_(part, gain=2**-2.5)
         nn.init.xavier_uniform_(self.out.weight, gain=0.5)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The decays [N], in single precision at least."""
+        return 1 - 2.0 ** -self.exponent.to(torch.promote_types(self.out.weight.dtype, torch.float32))
 
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None

@@ -65,7 +65,7 @@ class RWKV4(Mixer):
         last, memory = (None, None) if state is None else (state[0], state[1:])
         before, last = shifted(x, last, reset)
         r, k, v = (
-            layer(torch.lerp(before, x, mix))
+            layer(torch.lerp(before, x, mix.to(x.dtype)))
             for layer, mix in ((self.receptance, self.mix_r), (self.key, self.mix_k), (self.value, self.mix_v))
         )
         # The weights are float32 where autocast makes k and v of less.

@@ -100,6 +100,15 @@ class S4D(Mixer):
         wide = state_dtype(x)
         v, (log_a, b), c = u.to(wide), self._sampled(wide), 2 * torch.view_as_complex(self.c.to(wide))
         s = None if state is None else torch.view_as_complex(state[0].contiguous())
+        with torch.autocast(x.device.type, enabled=False):
+            y, s = self._recur(v, log_a, b, c, s, reset)
+        y = y.to(u.dtype) + self.skip * u
+        return (y if self.mix is None else F.glu(self.mix(F.gelu(y)))), (torch.view_as_real(s),)
+
+    def _recur(
+        self, v: Tensor, log_a: Tensor, b: Tensor, c: Tensor, s: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y [B, T, H] and the last states [B, H N], of inputs in single precision at least."""
         if reset is not None:
             y, s = self._by_step(v, log_a, b, c, s, ~reset)
         elif v.shape[1] <= CHUNK:
@@ -110,8 +119,7 @@ class S4D(Mixer):
             if rest:
                 late, s = self._by_chunk(v[:, -rest:], rest, log_a, b, c, s)
                 y = torch.cat([y, late], 1)
-        y = y.to(u.dtype) + self.skip * u
-        return (y if self.mix is None else F.glu(self.mix(F.gelu(y)))), (torch.view_as_real(s),)
+        return y, s
 
     def _sampled(self, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """log a and b [H, N], complex."""
@@ -120,7 +128,9 @@ class S4D(Mixer):
         if self.discretisation == "zoh":
             return dt * exponent, torch.expm1(dt * exponent) / exponent
         half = dt * exponent / 2
-        return torch.log((1 + half) / (1 - half)), dt / (1 - half)
+        # Where 1 + half is 0 the state lasts one step; the logarithm of 0 would make NaN of its power 0.
+        above = torch.where(half == -1, 1e-20, 1 + half)
+        return torch.log(above / (1 - half)), dt / (1 - half)
 
     def _by_step(
         self, u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, initial: Tensor | None, keep: Tensor
