@@ -210,8 +210,8 @@ def _job(cfg: DictConfig) -> dict[str, float]:
         strategy="+".join(cfg.strategy),
         sweep=sweep,
     )
-    own = [o for o in hydra_cfg.overrides.task if not o.lstrip("+").startswith(("resume=", "debug=", "progress="))]
-    return run(cfg, Path(hydra_cfg.runtime.output_dir), names, overridden=bool(own))
+    given = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
+    return run(cfg, Path(hydra_cfg.runtime.output_dir), names, given)
 
 
 def _prepared(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from clplat.config import ConfigError, check, differences
 from clplat.errors import UserError
 
 VOLATILE = ("resume", "debug", "progress", "output_dir", "tracking", "threads")
-"""Keys that may differ between a run and its resumption."""
+"""Keys that may be given anew when a run is resumed; otherwise they are the run's own, as all others."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ class Names:
     sweep: str | None = None
 
 
-def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) -> dict[str, float]:
+def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | None = None) -> dict[str, float]:
     """Run what `cfg` describes, in `folder`; returns the metrics after the last experience.
 
     Args:
         cfg: composed configuration (`conf/train.yaml`).
         folder: gets checkpoint, configuration, scores and whatever could not be sent to the tracking server.
         names: of the run.
-        overridden: True if the user gave options besides `resume`; then they must agree with the resumed run's.
+        given: the keys that the user gave, None for all. A run that is resumed takes them where they may change
+            (`VOLATILE`), and must have been given the same where they may not.
 
     Raises:
         ConfigError, StreamError, CheckpointError, TrackingError: something is wrong before the first training step.
@@ -60,7 +61,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, overridden: bool = True) 
 
     state = checkpoint.load(folder / "last.ckpt") if cfg.resume else None
     if state is not None:
-        cfg, names = _resumed(cfg, state["notes"], overridden), Names(**state["notes"]["names"])
+        cfg, names = _resumed(cfg, state["notes"], given), Names(**state["notes"]["names"])
     check(cfg)
     folder = _writable(folder)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
@@ -246,17 +247,20 @@ def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:
     )
 
 
-def _resumed(cfg: DictConfig, notes: Mapping[str, Any], overridden: bool) -> DictConfig:
+def _resumed(cfg: DictConfig, notes: Mapping[str, Any], given: Sequence[str] | None) -> DictConfig:
     saved = DictConfig(notes["config"])
-    kept = {k: cfg[k] for k in VOLATILE if k in cfg}
-    if overridden:
-        unlike = [d for d in differences(saved, cfg) if d.split(":")[0].split(".")[0] not in VOLATILE]
-        if unlike:
-            raise ConfigError(
-                f"resume: the options given differ from the run's own: {'; '.join(unlike)}. "
-                "Give the same options, or none but resume."
-            )
-    return OmegaConf.merge(saved, kept)  # type: ignore[return-value]  # both are mappings
+    keys = list(cfg) if given is None or "experiment" in given else given  # an experiment may set any key
+    fixed = [k for k in keys if k.split(".")[0] not in VOLATILE]
+    unlike = [d for d in differences(saved, cfg) if any(f"{d.split(':')[0]}.".startswith(f"{k}.") for k in fixed)]
+    if unlike:
+        more = f" and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+        raise ConfigError(
+            f"resume: the options given differ from the run's own: {'; '.join(unlike[:3])}{more}. "
+            f"Give the same options, or none but {', '.join(VOLATILE)}."
+        )
+    for key in ["resume", *(k for k in keys if k.split(".")[0] in VOLATILE)]:
+        OmegaConf.update(saved, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    return saved
 
 
 def _writable(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from clplat import checkpoint
 from clplat.cli import main
@@ -136,6 +137,29 @@ def test_resume_refuses_other_options_and_takes_none(capsys):
     assert "optimizer.lr: 0.001 in the run, 0.5 given" in capsys.readouterr().err
     assert main(["train", f"resume={folder}"]) == 0
     assert [p.parent for p in Path("runs").rglob("last.ckpt")] == [folder]
+
+
+def test_resume_takes_tracking_and_threads_from_the_run_unless_they_are_given(capsys):
+    assert run("strategy=finetune", "learner=gru", "threads=1", "output_dir=elsewhere") == 0
+    folder = next(Path("elsewhere").rglob("last.ckpt")).parent
+    capsys.readouterr()
+
+    def resumed(*arguments: str) -> DictConfig:
+        assert main(["train", "resume=latest", "output_dir=elsewhere", *arguments]) == 0, capsys.readouterr().err
+        return OmegaConf.load(folder / "config.yaml")  # type: ignore[return-value]  # a mapping
+
+    own = resumed()
+    assert own.threads == 1
+    assert own.tracking._target_ == "clplat.run.Silent"
+    assert own.learner.net.mixer._target_.endswith("GRU")
+    assert resumed("threads=2", "optimizer.lr=0.001").threads == 2
+    store = f"sqlite:///{Path('other.db').absolute()}"
+    assert resumed("tracking=mlflow", f"tracking.uri={store}").tracking.uri == store
+    assert not Path("mlruns.db").exists()
+    assert main(["train", f"resume={folder}", "learner=lstm", "strategy=replay", "training.epochs=7"]) == 2
+    err = capsys.readouterr().err
+    assert "learner.net.mixer._target_: clplat.learners.mixers.gru.GRU in the run" in err
+    assert " more. Give the same options, or none but resume, debug" in err
 
 
 def test_a_sweep_prints_the_forgetting_table(capsys):
