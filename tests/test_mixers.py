@@ -303,12 +303,13 @@ def test_state_holds_one_entry_a_row(name: str) -> None:
 @each_mixer
 def test_memory_of_a_step_is_constant(name: str) -> None:
     mixer, state = build(name), None
-    sizes = []
-    for t in range(3):
-        _, state = mixer.step(inputs(3)[:, t], state)
+    x, sizes = inputs(18), []
+    for x_t in x.unbind(1):
+        _, state = mixer.step(x_t, state)
         assert state is not None
         sizes.append(sum(s.numel() for s in state))
-    assert (len(set(sizes)) == 1) == (name != "attention")  # attention remembers every step, and says so
+    assert (sizes[-1] == sizes[-2]) == (name != "attention")  # attention remembers every step, and says so
+    assert (sizes[0] == sizes[-1]) == ("attention" not in name)  # that of a window remembers what there is of it
 
 
 @each_mixer

@@ -175,6 +175,21 @@ def test_tied_weights_are_one_parameter() -> None:
     assert copied.head.linear.weight is copied.get_parameter("embedding.0.weight")
 
 
+def test_the_mark_of_a_start_keeps_an_embedding_of_its_own_where_weights_are_tied() -> None:
+    """Text streams read one token more than there is to predict."""
+    torch.manual_seed(0)
+    inputs = replace(TOKENS, per_step=True)
+    net = awd(inputs, lambda h: Head(h, V - 1), mixer=LSTM, hidden=12, embedding=5, layers=1, tied=True).eval()
+    table = torch.cat([net.head.linear.weight, net.get_parameter("embedding.0.marks.weight")])
+    assert table.shape == (V, 5)
+    assert float(table.abs().max()) <= 0.1
+    ids = torch.arange(V)[None]
+    torch.testing.assert_close(net.embedding(ids), table[None])
+    dropped = DroppedEmbedding(V - 1, 5, 0.9, marks=1)
+    assert torch.equal(dropped(ids)[0, -1], dropped.get_parameter("marks.weight")[0])  # what says "begin" always does
+    assert int((dropped(ids) == 0).all(-1).sum()) > 1
+
+
 def test_what_an_awd_net_does_not_take() -> None:
     with pytest.raises(ValueError, match="layers: got 0"):
         awd_net(layers=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,20 +69,27 @@ class DroppedEmbedding(nn.Embedding):
         vocabulary: V.
         width: E.
         p: the fraction of the vocabulary dropped, in 0..1 without 1.
+        marks: further tokens V, V + 1, ... (where a text starts) with rows of their own, never dropped: apart from
+            `weight`, which a head may share.
 
     Raises:
         ValueError: p outside 0..1.
     """
 
-    def __init__(self, vocabulary: int, width: int, p: float) -> None:
+    def __init__(self, vocabulary: int, width: int, p: float, marks: int = 0) -> None:
         check_fraction("embedding_dropout", p)
         super().__init__(vocabulary, width)
         self.p = p
+        self.marks = nn.Embedding(marks, width) if marks else None
 
     def forward(self, input: Tensor) -> Tensor:  # the base class's name
         """Embeddings [B, T, E] of tokens [B, T]."""
-        embedded = super().forward(input)
-        if not (self.p and self.training):
+        known = input if self.marks is None else input.clamp(max=self.num_embeddings - 1)
+        embedded = super().forward(known)
+        if self.p and self.training:
+            # Scaling what was looked up, not the whole table: T * B rows, where a vocabulary may be far larger.
+            embedded = embedded * F.dropout(self.weight.new_ones(self.num_embeddings), self.p)[known][..., None]
+        if self.marks is None:
             return embedded
-        # Scaling what was looked up, not the whole table: T * B rows, where a vocabulary may be far larger.
-        return embedded * F.dropout(self.weight.new_ones(self.num_embeddings), self.p)[input][..., None]
+        marks = self.marks((input - self.num_embeddings).clamp(min=0))
+        return torch.where((input < self.num_embeddings)[..., None], embedded, marks)

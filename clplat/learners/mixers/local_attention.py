@@ -21,8 +21,8 @@ class LocalAttention(Mixer):
     one key head for all queries (Shazeer 2019) the local attention of Griffin (De et al. 2024, arXiv 2402.19427,
     section 2.3), whose published code turns only half of a head's features by their positions; here all are turned.
 
-    The state is (keys, values, count): keys before rotation and values [B, W - 1, M, d] of the last W - 1 steps, and
-    [B] how many of these belong to the current sequence; the others are zeros. Positions count from the start of each
+    The state is (keys, values, count): keys before rotation and values [B, P, M, d] of the last P steps, of all since the
+    first call but at most W - 1, and [B] how many of these belong to the current sequence; the others are zeros. Positions count from the start of each
     call, which products of rotated queries and keys do not notice: angles stay small in sequences without end.
 
     Time and memory are O(T W), in blocks of at most W queries.
@@ -71,27 +71,29 @@ class LocalAttention(Mixer):
         before, time = self.window - 1, torch.arange(x.shape[1], device=x.device)
         q = self.queries(x).unflatten(-1, (self.heads, -1))
         keys, values = self.keys_values(x).unflatten(-1, (2, self.key_heads, -1)).unbind(2)
-        if state is None:
-            count = time.new_zeros(rows)
-            past_keys = past_values = keys.new_zeros(rows, before, *keys.shape[2:])
-        else:
+        count = time.new_zeros(rows)
+        if state is not None:
             past_keys, past_values, count = state
-        all_keys = torch.cat([past_keys.to(keys.dtype), keys], 1)
-        all_values = torch.cat([past_values.to(values.dtype), values], 1)
+            keys = torch.cat([past_keys.to(keys.dtype), keys], 1)
+            values = torch.cat([past_values.to(values.dtype), values], 1)
         # [B, T] when each step's sequence started, in this call's time: negative if before it.
         start = -count[:, None].expand(-1, steps)
         if reset is not None:
             start = torch.where(reset, time, start).cummax(1).values
         new_count = (steps - start[:, -1]).clamp(max=before)
-        mine = torch.arange(before - 1, -1, -1, device=x.device) < new_count[:, None]
-        last_keys, last_values = (torch.where(mine[..., None, None], s[:, steps:], 0) for s in (all_keys, all_values))
-        if state is not None or steps > self.window:
-            keys, values = all_keys, all_values
+        size = min(before, keys.shape[1])
+        mine = torch.arange(size - 1, -1, -1, device=x.device) < new_count[:, None]
+        last_keys, last_values = (
+            torch.where(mine[..., None, None], s[:, s.shape[1] - size :], 0) for s in (keys, values)
+        )
+        if steps > self.window:  # several blocks of queries, each of which may look back by W - 1 steps
+            missing = before + steps - keys.shape[1]
+            keys, values = (F.pad(s, (0, 0, 0, 0, missing, 0)) for s in (keys, values))
         return self._attend(q, keys, values, start), (last_keys, last_values, new_count)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
         """Outputs [B, T, H] for q [B, T, N, d] over keys and values [B, P + T, M, d], the last of which are those of
-        the same T steps; P is W - 1, or 0 where one block of queries sees all there is."""
+        the same T steps; P is W - 1 where T is above W."""
         rows, steps = start.shape
         past, block = keys.shape[1] - steps, min(self.window, steps)
         blocks = -(-steps // block)

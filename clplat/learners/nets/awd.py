@@ -166,7 +166,8 @@ def awd(
         activation: alpha, see `AWDNet`.
         temporal_activation: beta, see `AWDNet`.
         tied: True makes the head's weights those of the embedding (Inan et al. 2017; Press & Wolf 2017), as in the
-            paper: for streams whose classes are the tokens.
+            paper: for streams whose classes are the tokens (text; its mark of a start, which is never an answer,
+            keeps an embedding of its own).
         readout: "last" or "mean", see `Net`.
 
     Raises:
@@ -182,14 +183,17 @@ def awd(
         )
     if tied and inputs.vocabulary is None:
         raise ValueError("tied: got true on float inputs, which have no embedding: set tied=false.")
+    shared = head(embedding) if tied else None
     tokens: DroppedEmbedding | None = None
     embed: nn.Module = LockedDropout(input_dropout)
     if inputs.vocabulary is None:
         assert inputs.features is not None  # one of the two, by Inputs
         width = inputs.features
     else:
-        tokens, width = DroppedEmbedding(inputs.vocabulary, embedding, embedding_dropout), embedding
-        nn.init.uniform_(tokens.weight, -0.1, 0.1)
+        marks = int(shared is not None and shared.outputs == inputs.vocabulary - 1)
+        tokens, width = DroppedEmbedding(inputs.vocabulary - marks, embedding, embedding_dropout, marks), embedding
+        for weight in tokens.parameters():
+            nn.init.uniform_(weight, -0.1, 0.1)
         embed = nn.Sequential(tokens, embed)
     blocks: list[Block] = []
     for layer in range(layers):
@@ -197,7 +201,7 @@ def awd(
         made = mixer(width, embedding if tied and last else hidden)
         blocks.append(RecurrentBlock(made) if last else LockedBlock(made, dropout))
         width = made.width
-    answers = head(width)
+    answers = head(width) if shared is None else shared
     if tied and tokens is not None:
         if answers.linear.weight.shape != tokens.weight.shape:
             raise ValueError(
