@@ -257,6 +257,23 @@ def test_every_learner_learns_something(learner: str, stream: str, tmp_path: Pat
     assert sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 * (1.02 if stream in ("parity", "regular") else 1.0)
 
 
+@pytest.mark.parametrize("learner", GROUPS["learner"])
+@pytest.mark.parametrize("strategy", ["chunked_hypernetwork", "relevance_maps", "mir", "ewc"])
+def test_every_learner_goes_with_strategies_that_reach_into_its_net(
+    learner: str, strategy: str, tmp_path: Path, curve: list[float]
+) -> None:
+    """Generated weights (in bfloat16 too), masked weights, weights of a step not taken, gradients of single examples."""
+    cfg = composed(
+        *small(learner), f"strategy=[{strategy}]", "stream=split_digits", *STREAMS["split_digits"], *FAST,
+        "++stream.experiences=2", "++stream.classes_per_experience=null", "++stream.task_incremental=true",
+        "++trainer.precision=" + ("bf16-mixed" if strategy == "chunked_hypernetwork" else "32-true"),
+        *(["strategy.ewc.examples=10"] if strategy == "ewc" else []),
+    )  # fmt: skip
+    run(cfg, tmp_path)
+    assert len(curve) == 2
+    assert all(map(math.isfinite, curve))
+
+
 def tiny_images(data_root: str | None = None, download: bool = False) -> Labelled:
     """Stands for MNIST: 28x28, a fifth of the pixels lit as there (the published rates are as high as those bear)."""
     g = torch.Generator().manual_seed(0)
