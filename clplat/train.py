@@ -215,7 +215,8 @@ def _refusing(part: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {line}" if key else line) from error
     except (ValueError, TypeError, OmegaConfBaseException) as error:
         line = str(error).splitlines()[0]
-        raise ConfigError(f"{part}: {line}" if part else line) from error
+        named = not part or line.startswith(f"{part}.")
+        raise ConfigError(line if named else f"{part}: {line}") from error
 
 
 def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:

@@ -20,13 +20,16 @@ from torch.nn import functional as F
 
 from clplat.learners.mixers.attention import Attention
 from clplat.learners.mixers.elman import Elman
+from clplat.learners.mixers.griffin import RGLRU
 from clplat.learners.mixers.gru import GRU
 from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.awd import awd
+from clplat.learners.nets.gated import gated, hgrn
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Inputs, Net
 from clplat.learners.nets.recurrent import recurrent
-from clplat.learners.nets.transformer import transformer
+from clplat.learners.nets.transformer import residual, transformer
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience
 
@@ -303,7 +306,7 @@ def test_a_growing_head_fits_its_checkpoint_at_any_time() -> None:
 
 @pytest.mark.parametrize("make", [partial(recurrent, mixer=LSTM), transformer])
 def test_sequence_nets_refuse_inputs_without_time(make: Callable[..., Net]) -> None:
-    with pytest.raises(ValueError, match=r"\[B, 11\] without.*stream\.source\.as_=rows.*learner=mlp"):
+    with pytest.raises(ValueError, match=r"\[B, 11\] without.*set stream\.as_=rows.*learner=mlp"):
         make(Inputs(features=D, steps=0), shared)
     net = make(FLOATS, shared, hidden=H)
     hidden = torch.zeros(B, net.lower(batch_of_float32(), 0)[0].shape[-1])
@@ -329,8 +332,32 @@ def test_an_mlp_refuses_what_it_cannot_read() -> None:
 def test_sequence_nets_refuse_wrong_options(make: Callable[..., Net]) -> None:
     with pytest.raises(ValueError, match=r"readout: got 'first', allowed are 'last' and 'mean'"):
         make(FLOATS, shared, readout="first")
-    with pytest.raises(ValueError, match=r"layers: got 0"):
-        make(FLOATS, shared, layers=0)
+
+
+SIZES: dict[str, tuple[Callable[..., Net], dict[str, int]]] = {
+    "recurrent": (partial(recurrent, mixer=LSTM), {"hidden": 1, "layers": 1, "embedding": 1}),
+    "transformer": (transformer, {"hidden": 1, "layers": 1, "expansion": 0}),
+    "residual": (partial(residual, mixer=Attention), {"hidden": 1, "layers": 1, "expansion": 0}),
+    "gated": (partial(gated, mixers=[RGLRU]), {"hidden": 1, "layers": 1, "expansion": 1}),
+    "hgrn": (hgrn, {"hidden": 1, "layers": 1, "expansion": 1}),
+    "awd": (partial(awd, mixer=LSTM), {"hidden": 1, "layers": 1, "embedding": 1}),
+    "mlp": (mlp, {"embedding": 1}),
+}
+"""Each net's sizes, with the least that is allowed."""
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, (_, least) in SIZES.items() for size in least])
+@pytest.mark.parametrize("below", [1, 129])
+def test_too_small_sizes_are_refused_by_their_key(name: str, size: str, below: int) -> None:
+    make, least = SIZES[name]
+    given = least[size] - below
+    with pytest.raises(ValueError, match=rf"^learner\.net\.{size}: got {given}, it must be at least {least[size]}\."):
+        make(TOKENS, shared, **{size: given})
+
+
+def test_too_small_layers_of_an_mlp_are_refused_by_their_place() -> None:
+    with pytest.raises(ValueError, match=r"^learner\.net\.hidden\[1\]: got -3, it must be at least 1\."):
+        mlp(FLOATS, shared, hidden=[4, -3])
 
 
 @pytest.mark.parametrize("make", [partial(recurrent, mixer=LSTM, layers=2), transformer, mlp])

@@ -85,6 +85,10 @@ def test_files_and_separators(tmp_path: Path):
     [
         (lambda: text({"a": "nowhere.txt"}), r"cannot read nowhere.txt \(No such file"),
         (lambda: text(separator=""), "text.separator: got an empty one"),
+        (lambda: text("x.txt"), "stream.files: got x.txt, it must map each name to a path"),  # type: ignore[arg-type]
+        (lambda: text(["a.txt", "b.txt"]), r"stream.files: got \['a.txt', 'b.txt'\]"),  # type: ignore[arg-type]
+        (lambda: text({"a": 3}), r"stream.files: got \{'a': 3\}"),  # type: ignore[dict-item]
+        (lambda: text({"a": ["b.txt", 3]}), r"a path or a list of paths: set stream.files="),  # type: ignore[list-item]
         (lambda: text_of({}), "got no domain"),
         (lambda: text_of(DOMAINS, "words"), "text.unit: got 'words'"),  # type: ignore[arg-type]  # refused when it runs
         (lambda: text_of(DOMAINS, test_fraction=0.0), "test_fraction above 0"),

@@ -50,12 +50,17 @@ def text(
         unit: see `text_of`, as are all others.
 
     Raises:
-        StreamError: a file that cannot be read; otherwise as `text_of`.
+        StreamError: files that are no mapping of names to paths; one that cannot be read; otherwise as `text_of`.
     """
     if separator == "":
         raise StreamError("text.separator: got an empty one: give the characters between documents, or null for none.")
     domains: Mapping[str, Sequence[str]] = toy_text()
     if files is not None:
+        if not isinstance(files, Mapping) or not all(map(_paths, files.values())):
+            raise StreamError(
+                f"stream.files: got {files}, it must map each name to a path or a list of paths: set "
+                "stream.files={name: path, ...}."
+            )
         domains = {name: _documents([f] if isinstance(f, str) else f, separator) for name, f in files.items()}
     return text_of(domains, unit, bptt, rows, test_rows, valid_fraction, test_fraction, task_incremental)
 
@@ -263,6 +268,12 @@ def toy_text() -> dict[str, list[str]]:
         documents = source.sample(40, 200, torch.Generator().manual_seed(index))
         domains[name] = ["".join(TOY[c] for c in d) for d in documents.tolist()]
     return domains
+
+
+def _paths(value: object) -> bool:
+    """Whether it is a path or a list of them."""
+    several = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
+    return isinstance(value, str) or several
 
 
 def _documents(files: Sequence[str], separator: str | None) -> list[str]:

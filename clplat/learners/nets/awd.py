@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clplat.learners.mixers.dropout import DroppedEmbedding, LockedDropout
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, Output, State
+from clplat.learners.nets.net import Block, Inputs, Net, Output, State, check_sizes
 from clplat.learners.nets.recurrent import RecurrentBlock
 from clplat.streams.experience import Batch
 
@@ -171,12 +171,11 @@ def awd(
         readout: "last" or "mean", see `Net`.
 
     Raises:
-        ValueError: inputs without a time axis; no layer; a fraction outside 0..1; a negative penalty; `tied` where
+        ValueError: inputs without a time axis; a size below 1; a fraction outside 0..1; a negative penalty; `tied` where
             classes are not the tokens, or a task has a head of its own; an unknown readout.
     """
     inputs.need_time("An AWD net")
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, an AWD net needs at least 1.")
+    check_sizes(hidden=hidden, layers=layers, embedding=embedding)
     if not (activation >= 0 and temporal_activation >= 0):
         raise ValueError(
             f"AWD net: got activation={activation}, temporal_activation={temporal_activation}; both must be at least 0."

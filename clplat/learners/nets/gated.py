@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clplat.learners.mixers.hgrn import HGRN, LowerBounds
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
 from clplat.learners.nets.transformer import NORMS, NormBlock
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
@@ -101,14 +101,13 @@ def gated(
         readout: "last" or "mean", see `Net`.
 
     Raises:
-        ValueError: inputs without a time axis; no mixer, no layer or no expansion; dropout outside 0..1; an unknown
+        ValueError: inputs without a time axis; no mixer; a size below 1; dropout outside 0..1; an unknown
             activation, norm or readout.
     """
     inputs.need_time("A gated net")
-    if not mixers or layers < 1 or expansion < 1:
-        raise ValueError(
-            f"gated: got {len(mixers)} mixers, layers={layers}, expansion={expansion}; at least 1 of each."
-        )
+    if not mixers:
+        raise ValueError("learner.net.mixers: got none, a gated net needs at least 1.")
+    check_sizes(hidden=hidden, layers=layers, expansion=expansion)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
     if activation not in ACTIVATIONS:
@@ -156,8 +155,7 @@ def hgrn(
     Raises:
         ValueError: see `gated`.
     """
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, a net needs at least 1.")
+    check_sizes(hidden=hidden, layers=layers)
     bounds = LowerBounds(layers, hidden)
 
     def layer(k: int) -> Callable[[int, int], Mixer]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
 
 
 class Flatten(nn.Module):
@@ -91,7 +91,7 @@ def mlp(
             as in the DER paper's experiments (Buzzega et al. 2020).
 
     Raises:
-        ValueError: a target at every step; sequences of different lengths; dropout outside 0..1; another init.
+        ValueError: a target at every step; sequences of different lengths; a size below 1; dropout outside 0..1; another init.
     """
     if init not in ("torch", "xavier"):
         raise ValueError(f"init: got {init!r}, allowed are 'torch' and 'xavier'.")
@@ -105,6 +105,7 @@ def mlp(
             "An MLP needs sequences of one length, and this stream's lengths differ: "
             "use learner=lstm, gru, elman or transformer."
         )
+    check_sizes(**{f"hidden[{i}]": size for i, size in enumerate(hidden)}, embedding=embedding)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
     if inputs.vocabulary is not None:

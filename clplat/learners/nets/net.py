@@ -70,8 +70,23 @@ class Inputs:
         if self.steps == 0:
             raise ValueError(
                 f"{learner} learns sequences [B, T, D], and this stream's inputs are [B, {self.features}] without a "
-                "time axis: set stream.source.as_=rows to read them row by row, or learner=mlp."
+                "time axis: set stream.as_=rows to read them row by row, or learner=mlp."
             )
+
+
+def check_sizes(least: int = 1, **sizes: int | None) -> None:
+    """Refuse sizes below `least`; None stands for a default that is found elsewhere.
+
+    Args:
+        least: the smallest that is allowed.
+        sizes: by their key in `learner.net`.
+
+    Raises:
+        ValueError: names the key of the first that is too small.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < least:
+            raise ValueError(f"learner.net.{name}: got {size}, it must be at least {least}.")
 
 
 class Block(nn.Module):

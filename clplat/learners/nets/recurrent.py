@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
 
 
 class RecurrentBlock(Block):
@@ -68,11 +68,10 @@ def recurrent(
         embedding: width of the token embedding, None for `hidden`. Not read for float inputs.
 
     Raises:
-        ValueError: inputs without a time axis; no layer; dropout outside 0..1; an unknown readout.
+        ValueError: inputs without a time axis; a size below 1; dropout outside 0..1; an unknown readout.
     """
     inputs.need_time("A recurrent net")
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, a recurrent net needs at least 1.")
+    check_sizes(hidden=hidden, layers=layers, embedding=embedding)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
     if dropout and layers == 1:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clplat.learners.mixers.attention import Attention
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 """Normalisations by name: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016)."""
@@ -103,7 +103,7 @@ def transformer(
         hidden: H.
         layers: number of transformer blocks.
         heads: attention heads; `hidden` must be a multiple of 2 * heads.
-        expansion: width of the dense branch in units of H.
+        expansion: width of the dense branch in units of H; 0: there is none.
         causal: False lets every step see the whole sequence. Never for streams that predict the next token.
         dropout: on the output of both branches of a block, in 0..1 without 1; attention weights see none.
         norm: "layer", or "rms", which costs about a tenth more time on a CPU.
@@ -111,8 +111,8 @@ def transformer(
         base: of the rotary positions.
 
     Raises:
-        ValueError: inputs without a time axis; no layer; dropout outside 0..1; an unknown norm or readout; hidden
-            and heads that do not fit.
+        ValueError: inputs without a time axis; a size below 1 (an expansion of 0 is none); dropout outside 0..1; an
+            unknown norm or readout; hidden and heads that do not fit.
     """
     return residual(
         inputs,
@@ -153,11 +153,12 @@ def residual(
         readout: "last" or "mean", see `Net`.
 
     Raises:
-        ValueError: inputs without a time axis; no layer; dropout outside 0..1; an unknown norm or readout.
+        ValueError: inputs without a time axis; a size below 1 (an expansion of 0 is none); dropout outside 0..1; an
+            unknown norm or readout.
     """
     inputs.need_time("A residual net")
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, a residual net needs at least 1.")
+    check_sizes(hidden=hidden, layers=layers)
+    check_sizes(0, expansion=expansion)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
     if norm not in NORMS:
