@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,7 @@ def train(arguments: Sequence[str]) -> int:
             try:
                 return _job(cfg)
             except UserError as error:  # here, since Hydra would add lines of its own; the sweep's other runs go on
+                _remove_if_empty()
                 if debug:
                     raise
                 failed.append(error)
@@ -212,6 +214,14 @@ def _job(cfg: DictConfig) -> dict[str, float]:
     )
     given = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
     return run(cfg, Path(hydra_cfg.runtime.output_dir), names, given)
+
+
+def _remove_if_empty() -> None:
+    # Hydra makes a run's folder before we can refuse the run.
+    from hydra.core.hydra_config import HydraConfig
+
+    with suppress(OSError):  # it holds something
+        Path(HydraConfig.get().runtime.output_dir).rmdir()
 
 
 def _prepared(arguments: Sequence[str]) -> list[str]:

@@ -29,18 +29,23 @@ if TYPE_CHECKING:
 KINDS = ("exact", "sampled", "empirical", "batched")
 
 
-def check_kind(kind: str, target: str) -> None:
+def check_kind(kind: str, target: str, key: str = "fisher") -> None:
     """Refuse an estimate that does not exist, or not for this kind of target.
+
+    Args:
+        kind: the estimate.
+        target: what the learner predicts.
+        key: where the estimate was chosen.
 
     Raises:
         ValueError: names what is allowed.
     """
     if kind not in KINDS:
-        raise ValueError(f"fisher: got {kind!r}, allowed are {', '.join(map(repr, KINDS))}.")
+        raise ValueError(f"{key}: got {kind!r}, allowed are {', '.join(map(repr, KINDS))}.")
     if kind == "exact" and target in ("tag", "token"):
         raise ValueError(
-            f"fisher: 'exact' would sum over all sequences of answers, which target {target!r} has too many of: "
-            "use 'sampled' or 'empirical'."
+            f"{key}: got 'exact', which would sum over all sequences of answers, and target {target!r} has too many of "
+            f"them: set {key}=sampled or {key}=empirical."
         )
 
 

@@ -230,6 +230,7 @@ class Run:
         self.step = 0
         """Optimiser steps done on it."""
         self._random: dict[str, Any] | None = None
+        self._begun = False
         learner.strategy.wrap(learner)
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -246,23 +247,34 @@ class Run:
         self.seen_results.load_state_dict(state["seen_results"])
         self._random = state["random"]
 
+    def begin(self) -> None:
+        """Prepare the first experience, unless the run was resumed.
+
+        `go` does it where nobody did. Apart from it, what a strategy can refuse only now, with an example at hand, is
+        refused before anything is written or announced.
+        """
+        learner = self.learner
+        learner.to(self.trainer.strategy.root_device)
+        learner.carried = _to(learner.device, learner.carried)
+        if self._random is None:
+            learner.begin(self.stream[0])
+        self._begun = True
+
     def go(self) -> ScoreTable:
         """Train on what is left of the stream; returns all scores.
 
         Raises:
             NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is from before it.
         """
-        stream, learner = self.stream, self.learner
-        learner.to(self.trainer.strategy.root_device)
-        learner.carried = _to(learner.device, learner.carried)
+        if not self._begun:
+            self.begin()
         if self._random is None:
-            learner.begin(stream[0])
             self.save()
         else:
             checkpoint.set_random_state(self._random)
         if not self.results.trained:
             self.score(trained=-1, final=True)
-        while self.experience < len(stream):
+        while self.experience < len(self.stream):
             self._learn_experience()
         return self.results
 

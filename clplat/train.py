@@ -85,7 +85,6 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
     pl.seed_everything(cfg.seed, verbose=False)
     with _refusing("learner"):
         learner = build_learner(cfg, stream)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     with _refusing("tracking"):
         tracker = instantiate(cfg.tracking, folder=folder)
     with _refusing("trainer"):
@@ -103,6 +102,8 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
         run = Run(stream, learner, trainer, training, evaluation, tracker, folder, notes)
     if state is not None:
         run.resume(state)
+    run.begin()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     notes["run_id"] = tracker.start(names, plain, stream, run_id=notes["run_id"] or None)
     if names.sweep is None:
         _announce(cfg, names, run, folder)
@@ -211,12 +212,15 @@ def _refusing(part: str) -> Iterator[None]:
         if isinstance(cause, UserError):
             raise cause from error
         where = re.search(r"full_key: (\S+)", str(error))
-        key, line = where[1] if where else part, str(cause).splitlines()[0]
-        raise ConfigError(f"{key}: {line}" if key else line) from error
+        raise ConfigError(_named(where[1] if where else part, cause)) from error
     except (ValueError, TypeError, OmegaConfBaseException) as error:
-        line = str(error).splitlines()[0]
-        named = not part or line.startswith(f"{part}.")
-        raise ConfigError(line if named else f"{part}: {line}") from error
+        raise ConfigError(_named(part, error)) from error
+
+
+def _named(key: str, error: BaseException) -> str:
+    """The first line of an error behind the key it is about, unless it names that itself."""
+    line = str(error).splitlines()[0]
+    return line if not key or line.startswith(f"{key}.") else f"{key}: {line}"
 
 
 def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:

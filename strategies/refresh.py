@@ -81,7 +81,7 @@ class Refresh(Strategy):
             )
         if (examples is not None and examples < 1) or batch_size < 1:
             raise ValueError(f"refresh: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
-        check_kind(fisher, "class")
+        check_kind(fisher, "class", "strategy.refresh.fisher")
         self.rate, self.mode, self.unlearn_steps = rate, mode, unlearn_steps
         self.noise, self.decay, self.damping = noise, decay, damping
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
@@ -92,7 +92,7 @@ class Refresh(Strategy):
 
     def wrap(self, learner: Learner) -> None:
         """Refuse an estimate that does not exist for the learner's objective."""
-        check_kind(self.fisher, learner.objective.kind)
+        check_kind(self.fisher, learner.objective.kind, "strategy.refresh.fisher")
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch as it is; its current rows are what mode "reference" unlearns."""

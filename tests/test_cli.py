@@ -86,6 +86,10 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["strategy=chunked_hypernetwork", "strategy.chunked_hypernetwork.hidden=50"], "hidden: got 50, expected a list"),
         (["strategy=lwf", "strategy.lwf.strength=[1,x]"], "strategy.lwf.strength[1]: got 'x', expected a number"),
         (["strategy=freeze", "strategy.freeze.blocks=9"], "clplat: freeze.blocks: got 9, this net has 1"),
+        (["strategy=remind", "strategy.remind.parts=7"], "clplat: remind.parts: got 7, vectors of width 8 can be cut"),
+        (["strategy=remind", "strategy.remind.cut=9"], "clplat: remind.cut: got 9, the net has 1 blocks"),
+        (["strategy=ewc", "stream=text"], "set strategy.ewc.fisher=sampled or strategy.ewc.fisher=empirical."),
+        (["strategy=ewc", "strategy.ewc.fisher=x"], "clplat: strategy.ewc.fisher: got 'x', allowed are"),
         (["strategy=custom"], "strategy.custom._target_: no value given"),
         (["strategy=custom", "strategy.custom._target_=no_such.Thing"], "cannot import 'no_such.Thing'"),
         (["stream=split_mnist", "stream.source.data_root=/nowhere"], "/nowhere"),
@@ -110,6 +114,8 @@ def test_what_cannot_run_is_refused_in_one_line_before_training(arguments, said,
     assert said in captured.err
     assert captured.err.startswith("clplat: ") and captured.err.count("\n") == 1, captured.err
     assert "Traceback" not in captured.err
+    assert not captured.out
+    assert not [*Path("runs").glob("*/*")], "a refused run leaves no folder"
 
 
 def test_unwritable_directory_is_refused(tmp_path, capsys):

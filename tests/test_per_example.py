@@ -498,7 +498,7 @@ def test_the_subset_is_a_function_of_the_generator() -> None:
 def test_exact_is_refused_for_sequences_of_answers(target: str) -> None:
     made = learner(NETS["lstm"], Inputs(features=D, steps=T, per_step=True), target)
     data = TensorData(torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B, T)))
-    with pytest.raises(ValueError, match="use 'sampled' or 'empirical'"):
+    with pytest.raises(ValueError, match=r"fisher: got 'exact'.* set fisher=sampled or fisher=empirical"):
         fisher(made, data, "exact", None, generator())
 
 
