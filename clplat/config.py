@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -21,6 +22,12 @@ ROOT = (
 
 LEARNER = ("net", "head", "logit_mask", "clip_norm", "optimizer_state")
 """Every key of the group `learner`."""
+
+FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
+"""How many positional arguments clplat fills in itself where it calls what is configured there."""
+
+PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed")
+"""What `trainer.precision` may be."""
 
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
@@ -64,9 +71,16 @@ def check(cfg: DictConfig) -> None:
                 f"strategy.{name}: no strategy of that name was chosen{nearest(str(name), chosen)} "
                 f"Chosen: {', '.join(chosen) or 'none'}; strategy=[...] chooses others."
             )
+    precision = str(cfg.trainer.get("precision", "32-true"))
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
+            "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
+        )
+    filled = dict(FILLED)
     for path, node in _nodes("", cfg):
         if "_target_" in node:
-            _check_call(path, node)
+            _check_call(path, node, filled)
 
 
 def _nodes(path: str, node: DictConfig | ListConfig) -> Iterable[tuple[str, DictConfig]]:
@@ -81,16 +95,9 @@ def _nodes(path: str, node: DictConfig | ListConfig) -> Iterable[tuple[str, Dict
             yield from _nodes(_join(path, key), child)
 
 
-def _check_call(path: str, node: DictConfig) -> None:
-    from hydra.utils import get_object
-
-    try:
-        target = get_object(node._target_)
-    except Exception as error:
-        raise ConfigError(
-            f"{path}._target_: cannot import {node._target_!r} ({str(error).splitlines()[0]}). Give an importable "
-            "path package.module.Name; a package in the working directory is seen by `python -m clplat`."
-        ) from error
+def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
+    """Check the keys and values of a call; note in `filled` how many arguments the makers among them will be given."""
+    target = _imported(f"{path}._target_", node._target_)
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some builtins have no signature
@@ -98,26 +105,57 @@ def _check_call(path: str, node: DictConfig) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     allowed = [n for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
-    _known(path, node, (*allowed, *_HYDRA))
+    taken = allowed[: filled.get(path, 0)] if node.get("_partial_") else []
+    allowed = [n for n in allowed if n not in taken]
+    _known(path, node, (*allowed, *_HYDRA), taken)
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(function)
     except Exception:  # hints of other libraries may not resolve at run time; then nothing can be compared
         return
     for key in node:
+        if key in hints:
+            _note_makers(_join(path, key), node[key], hints[key], filled)
         if key in hints and isinstance(node[key], ListConfig):
             _fit_all(_join(path, key), node[key], hints[key])
         elif key in hints and not isinstance(node[key], DictConfig):
             _fits(_join(path, key), node[key], hints[key])
 
 
-def _known(path: str, node: DictConfig, allowed: Iterable[str]) -> None:
+def _imported(key: str, name: str) -> Any:
+    from hydra.utils import get_object
+
+    said = logging.getLogger("hydra.utils")
+    before, said.disabled = said.disabled, True  # the reason is in the error, in one line
+    try:
+        return get_object(name)
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ConfigError(
+            f"{key}: cannot import {name!r} ({str(reason).splitlines()[0]}). Give an importable path "
+            "package.module.Name; a package in the working directory is seen by `python -m clplat`."
+        ) from error
+    finally:
+        said.disabled = before
+
+
+def _note_makers(path: str, value: Any, hint: Any, filled: dict[str, int]) -> None:
+    """Where `hint` is a Callable[[...], X], or a sequence of them, `value` is called with that many arguments."""
+    for option in _alternatives(hint):
+        arguments = typing.get_args(option)
+        if typing.get_origin(option) is Callable and isinstance(arguments[0], list):
+            filled[path] = len(arguments[0])
+        elif typing.get_origin(option) is Sequence and isinstance(value, ListConfig):
+            for i in range(len(value)):
+                _note_makers(_join(path, i), value[i], arguments[0], filled)
+
+
+def _known(path: str, node: DictConfig, allowed: Iterable[str], taken: Sequence[str] = ()) -> None:
     for key in map(str, node):
         if key not in allowed:
             offered = sorted(a for a in allowed if a not in _HYDRA)
-            raise ConfigError(
-                f"{_join(path, key)}: unknown key{nearest(key, offered)} Allowed here: {', '.join(offered) or 'none'}."
-            )
+            wrong = "clplat fills it in: leave it out." if key in taken else f"unknown key{nearest(key, offered)}"
+            raise ConfigError(f"{_join(path, key)}: {wrong} Allowed here: {', '.join(offered) or 'none'}.")
 
 
 def _fit_all(path: str, values: ListConfig, hint: Any) -> None:

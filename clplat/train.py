@@ -224,13 +224,14 @@ def _named(key: str, error: BaseException) -> str:
 
 
 def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[Any]) -> Any:
+    from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
     from pytorch_lightning.loggers import Logger
 
-    precision = str(cfg.trainer.get("precision", "32-true"))
-    if precision not in ("32-true", "32", "64-true", "64", "bf16-mixed"):
+    if cfg.trainer.get("accelerator") == "gpu" and not (
+        CUDAAccelerator.is_available() or MPSAccelerator.is_available()
+    ):
         raise ConfigError(
-            f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
-            "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
+            "trainer.accelerator: got 'gpu', and no GPU is found here (`clplat doctor` says why): set trainer=cpu."
         )
     for key, instead in (
         ("gradient_clip_val", "learner.clip_norm"),

@@ -118,6 +118,15 @@ def test_what_cannot_run_is_refused_in_one_line_before_training(arguments, said,
     assert not [*Path("runs").glob("*/*")], "a refused run leaves no folder"
 
 
+def test_a_gpu_that_is_not_there_is_refused_with_advice(capsys, monkeypatch):
+    for kind in ("CUDA", "MPS"):
+        monkeypatch.setattr(f"pytorch_lightning.accelerators.{kind}Accelerator.is_available", lambda: False)
+    assert run("trainer=gpu") == 2
+    assert capsys.readouterr().err.endswith(
+        "trainer.accelerator: got 'gpu', and no GPU is found here (`clplat doctor` says why): set trainer=cpu.\n"
+    )
+
+
 def test_unwritable_directory_is_refused(tmp_path, capsys):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere; /proc stands for it in the test above")

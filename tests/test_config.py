@@ -362,6 +362,16 @@ def test_values_that_do_not_fit(value: Any, hint: Any, expected: str) -> None:
         (["learner.net.layers=two"], "learner.net.layers: got 'two', expected a whole number."),
         (["learner.net.mixer.forget_bias=high"], "learner.net.mixer.forget_bias: got 'high', expected a number."),
         (["+learner.net.wings=2"], "learner.net.wings: unknown key"),
+        (["+learner.net.inputs=3"], "learner.net.inputs: clplat fills it in: leave it out. Allowed here: dropout, embedding"),
+        (["+learner.net.mixer.hidden=3"], "learner.net.mixer.hidden: clplat fills it in: leave it out. Allowed here: forget_bias, w"),
+        (["learner=griffin", "+learner.net.mixers.1.features=3"], "learner.net.mixers.1.features: clplat fills it in"),
+        (["learner=bidirectional", "+learner.net.mixer.mixer.hidden=3"], "learner.net.mixer.mixer.hidden: clplat fills it in"),
+        (["+optimizer.params=3"], "optimizer.params: clplat fills it in"),
+        (["schedule=warmup_cosine", "+schedule.steps=3"], "schedule.steps: clplat fills it in"),
+        (["+objective.target=class"], "objective.target: clplat fills it in"),
+        (["learner=bidirectional", "learner.net.mixer.mixer._target_=gru.GRU"],
+         "learner.net.mixer.mixer._target_: cannot import 'gru.GRU' (No module named 'gru'). Give an importable path"),
+        (["trainer.precision=fp7"], "trainer.precision: got 'fp7', allowed are 32-true, 64-true and bf16-mixed (float16"),
         (["+learner.width=2"], "learner.width: unknown key"),
         (["+strategy.replay.capactiy=2"], "strategy.replay.capactiy: unknown key; did you mean 'capacity'? Allowed here"),
         (["strategy.replay.rows=many"], "strategy.replay.rows: got 'many', expected a whole number or null."),
@@ -379,13 +389,14 @@ def test_values_that_do_not_fit(value: Any, hint: Any, expected: str) -> None:
         (["+colour=red"], "colour: unknown key"),
     ],
 )  # fmt: skip
-def test_a_wrong_key_or_value_is_named(overrides: list[str], said: str) -> None:
+def test_a_wrong_key_or_value_is_named(overrides: list[str], said: str, caplog: pytest.LogCaptureFixture) -> None:
     if any("download" in o for o in overrides):
         overrides = ["stream=split_mnist", *overrides]
     with pytest.raises(ConfigError) as refused:
         check(composed(*overrides))
     assert str(refused.value).startswith(said)
     assert "\n" not in str(refused.value)
+    assert not caplog.records
 
 
 def test_the_nearest_word_is_offered_only_if_it_is_near() -> None:

@@ -259,5 +259,8 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_exact_on_tokens_is_refused_before_training() -> None:
     made = learner(EWC(strength=1.0))
     made.objective = objective_for("token")
-    with pytest.raises(ValueError, match=r"strategy\.ewc\.fisher: got 'exact'.* set strategy\.ewc\.fisher=sampled or strategy\.ewc\.fisher=empirical"):
+    with pytest.raises(
+        ValueError,
+        match=r"strategy\.ewc\.fisher: got 'exact'.* set strategy\.ewc\.fisher=sampled or strategy\.ewc\.fisher=empirical",
+    ):
         made.strategy.wrap(made)
