@@ -79,7 +79,7 @@ def train(arguments: Sequence[str]) -> int:
         def job(cfg: DictConfig) -> dict[str, float] | None:
             began.append(True)
             try:
-                return _job(cfg)
+                return _job(cfg, given)
             except UserError as error:  # here, since Hydra would add lines of its own; the sweep's other runs go on
                 _remove_if_empty()
                 if debug:
@@ -87,7 +87,8 @@ def train(arguments: Sequence[str]) -> int:
                 failed.append(error)
                 return None
 
-        sys.argv = ["clplat train", *_prepared(arguments)]
+        given = _prepared(arguments)
+        sys.argv = ["clplat train", *given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
         job()
     except KeyboardInterrupt:
@@ -197,7 +198,7 @@ def doctor(arguments: Sequence[str]) -> int:
     return checks.main()
 
 
-def _job(cfg: DictConfig) -> dict[str, float]:
+def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -211,9 +212,22 @@ def _job(cfg: DictConfig) -> dict[str, float]:
         learner=hydra_cfg.runtime.choices["learner"],
         strategy="+".join(cfg.strategy),
         sweep=sweep,
+        varied="" if sweep is None else _varied(given, hydra_cfg),
     )
     given = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
     return run(cfg, Path(hydra_cfg.runtime.output_dir), names, given)
+
+
+def _varied(given: Sequence[str], hydra_cfg: DictConfig) -> str:
+    """The overrides of this run of a sweep that were given, on the command line or in a yaml, with several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    several = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.get("params") or {}).items()]
+    several += [a for a in given if "=" in a and not a.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(several)
+    keys = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    own = [o.lstrip("+") for o in hydra_cfg.overrides.task]
+    return " ".join(o for o in own if o.partition("=")[0] in keys)
 
 
 def _remove_if_empty() -> None:

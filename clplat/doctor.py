@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -86,12 +89,23 @@ def _imports() -> Iterator[Finding]:
     from clplat._torchvision import ensure_importable
 
     ensure_importable()
-    for name in ("pytorch_lightning", "torchvision", "avalanche"):
-        try:
-            __import__(name)
-            yield f"import {name}", "ok", ""
-        except Exception as error:
-            yield f"import {name}", "wrong", f"{str(error).splitlines()[0]}: reinstall it to match torch"
+    advice = dict.fromkeys(("pytorch_lightning", "torchvision", "avalanche"), "reinstall it to match torch")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("numba")
+        advice["numba"] = "reinstall it (pip install 'clplat[cpu]'), or uninstall it"
+    for name, what in advice.items():
+        failure = _failure(name)
+        yield f"import {name}", "wrong" if failure else "ok", f"{failure}: {what}" if failure else ""
+
+
+def _failure(name: str) -> str:
+    """Why a module cannot be imported, "" if it can."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Avalanche's, of a solver that nothing here uses
+            importlib.import_module(name)
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _kernels() -> Iterator[Finding]:
@@ -99,7 +113,7 @@ def _kernels() -> Iterator[Finding]:
 
     from clplat.kernels import backend
 
-    if backend.HAS_NUMBA:
+    if backend.HAS_NUMBA and not _failure("numba"):
         threads = torch.get_num_threads()
         yield "CPU kernels", "ok", f"compiled by numba at first use and kept, on torch's {threads} threads"
     else:

@@ -35,12 +35,14 @@ class Names:
         learner: likewise.
         strategy: the strategies in order, joined by "+".
         sweep: the sweep's identifier, None for a single run.
+        varied: the options of this run that vary in its sweep, "" if none do.
     """
 
     stream: str
     learner: str
     strategy: str
     sweep: str | None = None
+    varied: str = ""
 
 
 def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | None = None) -> dict[str, float]:
@@ -77,6 +79,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
     # Its banners and hints are about loops that it runs itself.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    label = names.varied or f"{names.strategy}, seed {cfg.seed}"
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with _refusing("stream"):
@@ -88,9 +91,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
     with _refusing("tracking"):
         tracker = instantiate(cfg.tracking, folder=folder)
     with _refusing("trainer"):
-        trainer = _trainer(
-            cfg, tracker, [Progress(f"{names.strategy}, seed {cfg.seed}", len(stream))] if cfg.progress else []
-        )
+        trainer = _trainer(cfg, tracker, [Progress(label, len(stream))] if cfg.progress else [])
     notes = {"config": plain, "names": vars(names), "run_id": None if state is None else state["notes"]["run_id"]}
     with _refusing("optimizer"):
         learner.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
@@ -125,7 +126,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
         report.print_run(results, run.seen_results, names, tracker.where())
     else:
         shown = ", ".join(f"{name} {summary['metrics'][name]:.3f}" for name in ("average", "forgetting"))
-        print(f"{names.strategy}, seed {cfg.seed}: {shown}")
+        print(f"{label}: {shown}")
     return summary["metrics"]
 
 

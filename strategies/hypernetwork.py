@@ -31,7 +31,7 @@ class Hypernetwork(GeneratedWeights):
 
     Deviations: all parameters share one optimiser (the paper's code steps e_t apart, with the same optimiser and
     learning rate). Initialisation is by hyperfan-in with the variances of the net's own initialisation, and vectors
-    are generated as a difference to their initial values. Weights of tensors other than the output layer are
+    are generated as a difference to their initial values, as is all that the net's own initialisation does not draw. Weights of tensors other than the output layer are
     regularised alike; no Fisher weighting.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -183,7 +184,24 @@ def test_a_sweep_prints_the_forgetting_table(capsys):
     assert run("-m", "strategy=finetune,replay", "seed=0,1") == 0
     out = capsys.readouterr().out
     assert "finetune" in out and "replay" in out and "±" in out
+    assert "strategy=finetune seed=0: average 0." in out and "strategy=replay seed=1: average 0." in out
     assert len(list(Path("runs").rglob("result.json"))) == 4
+
+
+def test_a_sweep_names_all_that_varies_in_it_and_nothing_else(tmp_path, capsys):
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    swept = "{mode: MULTIRUN, sweeper: {params: {learner: 'gru,lstm'}}}"
+    (folder / "two.yaml").write_text(f"# @package _global_\nstream: {{experiences: 2}}\nhydra: {swept}\n")
+    more = ["experiment=two", "strategy=[replay,ewc],finetune", "optimizer.lr=0.1,0.2", "seed=3"]
+    assert run("--config-dir", str(folder.parent), *more) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": average " in line]
+    assert sorted(line.partition(":")[0] for line in lines) == sorted(
+        f"learner={learner} strategy={strategy} optimizer.lr={lr}"
+        for learner in ("gru", "lstm")
+        for strategy in ("[replay,ewc]", "finetune")
+        for lr in ("0.1", "0.2")
+    )
 
 
 def test_list_names_every_option_with_a_line(capsys):
@@ -213,6 +231,18 @@ def test_doctor_reports_and_succeeds_here(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "torch" in out and "MLflow store" in out and "digits" in out
+
+
+def test_doctor_imports_numba_and_says_nothing_beside_its_table(tmp_path):
+    """A numba that is installed and cannot be imported, as with a numpy that it does not know."""
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
+    done = subprocess.run([sys.executable, "-m", "clplat", "doctor"], capture_output=True, text=True, timeout=120)
+    assert "UserWarning" not in done.stderr + done.stdout
+    if importlib.util.find_spec("numba") is not None:
+        assert done.returncode == 1
+        said = " ".join(done.stdout.split())
+        assert "CPU kernels note none" in said
+        assert "import numba wrong Numba needs another NumPy: reinstall it (pip install 'clplat[cpu]')" in said
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

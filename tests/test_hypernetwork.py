@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,7 +19,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.hyper import Chunked, Full, GeneratedNet, Generator, Piece, Recurrent, TaskEmbeddings
+from clplat.learners.nets.hyper import Chunked, Full, GeneratedNet, Generator, Piece, Recurrent, TaskEmbeddings, _drawn
 from clplat.learners.nets.net import Inputs, Net
 from clplat.learners.nets.per_task import lowest_entropy
 from clplat.learners.nets.recurrent import recurrent
@@ -35,6 +35,7 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.permuted_copy import permuted_copy
 from clplat.teacher import Teacher
+from clplat.train import build_learner
 
 K, C, T, D = 3, 6, 5, 4
 INPUTS = Inputs(features=D, steps=T)
@@ -477,3 +478,36 @@ def test_the_published_experiment_composes() -> None:
         1,
         "sum",
     )
+
+
+@pytest.mark.parametrize("kind", ["chunked_hypernetwork", "recurrent_hypernetwork"])
+@pytest.mark.parametrize("name", ["s4d", "lru", "mamba", "mlstm", "rwkv6", "slstm"])
+def test_mixers_start_finite_and_from_their_own_rules(name: str, kind: str) -> None:
+    """At their full size: the values that such a mixer computes instead of drawing them are no standard deviations."""
+    with initialize_config_module("clplat.conf", version_base="1.3"):
+        cfg = compose("train", [f"learner={name}", f"strategy=[{kind}]", "stream.task_incremental=true"])
+    digits = instantiate(cfg.stream)
+    torch.manual_seed(0)
+    made = build_learner(cfg, digits)
+    ruled = {n: p.detach().clone() for n, p in made.net.named_parameters() if p.ndim > 1 and len(p.unique()) < 200}
+    made.strategy.wrap(made)
+    made.begin(digits[0])
+    assert isinstance(made.net, GeneratedNet)
+    start = made.net.weights_for(0)
+    for n, value in ruled.items():
+        if float(value.abs().max()) > 0:
+            assert float((start[n].detach() - value).square().mean().sqrt()) < 0.75, n
+    optimizer = made.configure_optimizers()
+    for batch in digits[0].train.batches(torch.arange(96).split(32)):
+        optimizer.zero_grad()
+        loss = made.objective(made(batch).logits, batch)
+        assert bool(loss.isfinite())
+        loss.backward()
+        optimizer.step()
+
+
+def test_what_was_drawn_is_told_from_what_follows_a_rule() -> None:
+    drawn = [nn.Linear(8, 1), nn.Linear(2, 2), nn.Linear(128, 512), nn.Embedding(11, 8)]
+    ruled = [torch.zeros(4, 8), torch.ones(2, 3), torch.arange(32.0).repeat(8, 1), torch.eye(16), torch.randn(9)]
+    assert all(_drawn(module.weight.detach()) for module in drawn)
+    assert not any(_drawn(value) for value in ruled)

@@ -29,6 +29,9 @@ ACTS: dict[str, tuple[Callable[[], nn.Module], float]] = {
 }
 """Activations by name, and the gain of a layer's initial weights that keeps the variance about the same."""
 
+DRAWN = 4096
+"""A tensor's first entries, by which it is told whether they were drawn."""
+
 DRAWS = 64
 """Random embeddings over which the initial variance of a generator's last hidden layer is taken."""
 
@@ -40,8 +43,8 @@ class Piece:
     Attributes:
         names: of the target's parameters that it becomes (several where the target ties them).
         shape: of these.
-        std: of its entries at initialisation: the root mean square of the target's own initial values for matrices,
-            and 0 for vectors, which start as the target's own.
+        std: of its entries at initialisation: the root mean square of the target's own initial values where these
+            were drawn; 0 where they follow a rule: it is generated as a difference to them.
     """
 
     names: tuple[str, ...]
@@ -353,8 +356,9 @@ class GeneratedNet(PerTaskNet):
     """A net all of whose weights are generated: W = h(e_t, Theta) for the batch's task t.
 
     The target's own parameters are given up; the trainable ones are the generator's (Theta) and the embedding of the
-    task being learned. Vectors (biases, gains) are generated as a difference to their initial values, so that a
-    normalisation starts as one. Weights are generated in the parameters' precision under autocast too.
+    task being learned. Vectors (biases, gains), and other tensors whose initial values follow a rule, are
+    generated as a difference to these, so that a normalisation starts as one, and a state space model with the decays
+    and frequencies that it is made with. Weights are generated in the parameters' precision under autocast too.
 
     Args:
         target: the net whose weights are generated; it is changed.
@@ -368,7 +372,7 @@ class GeneratedNet(PerTaskNet):
     def __init__(self, target: Net, tasks: TaskEmbeddings, make: Callable[[Sequence[Piece]], Generator]) -> None:
         super().__init__(target, tasks)
         self.pieces, offset = _take_over(target)
-        self.register_buffer("offset", offset)  # of all vectors, one after the other
+        self.register_buffer("offset", offset)  # of all pieces with std 0, one after the other
         self.generator = make(self.pieces)
 
     @property
@@ -387,10 +391,10 @@ class GeneratedNet(PerTaskNet):
         with torch.autocast(self.offset.device.type, enabled=False):
             flat, _ = self.generator(self.embeddings.embedding(label)[None])
         weights: dict[str, Tensor] = {}
-        vectors = [p.size for p in self.pieces if len(p.shape) < 2]
-        offsets = iter(self.offset.split(vectors) if vectors else ())
+        ruled = [p.size for p in self.pieces if not p.std]
+        offsets = iter(self.offset.split(ruled) if ruled else ())
         for piece, values in zip(self.pieces, flat[0].split([p.size for p in self.pieces]), strict=True):
-            whole = values + next(offsets) if len(piece.shape) < 2 else values
+            whole = values if piece.std else values + next(offsets)
             weights.update({name: whole.view(piece.shape) for name in piece.names})
         return weights
 
@@ -411,7 +415,7 @@ class GeneratedNet(PerTaskNet):
 
 
 def _take_over(target: Net) -> tuple[list[Piece], Tensor]:
-    """Replace the target's parameters by empty buffers; what they were, and the initial values of its vectors."""
+    """Replace the target's parameters by empty buffers; what they were, and the values of those that were not drawn."""
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, p in target.named_parameters(remove_duplicate=False):
@@ -420,10 +424,9 @@ def _take_over(target: Net) -> tuple[list[Piece], Tensor]:
     pieces: list[Piece] = []
     offsets = [torch.zeros(0)]
     for key, p in parameters.items():
-        vector = p.ndim < 2
-        if vector:
+        std = float(p.detach().square().mean().sqrt()) if _drawn(p.detach()) else 0.0
+        if not std:
             offsets.append(p.detach().flatten().clone())
-        std = 0.0 if vector else float(p.detach().square().mean().sqrt())
         pieces.append(Piece(tuple(names[key]), tuple(p.shape), std))
         for name in names[key]:
             path, _, last = name.rpartition(".")
@@ -432,3 +435,9 @@ def _take_over(target: Net) -> tuple[list[Piece], Tensor]:
             module.register_buffer(last, None, persistent=False)
             setattr(module, last, torch.empty(0))  # by attribute, for recurrent modules that keep a list of their own
     return pieces, torch.cat(offsets)
+
+
+def _drawn(value: Tensor) -> bool:
+    """Whether a tensor holds random draws, which repeat hardly ever. Those of a vector are kept whatever they are."""
+    some = value.flatten()[:DRAWN]
+    return value.ndim >= 2 and len(some.unique()) > len(some) / 2
