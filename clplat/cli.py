@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clplat.errors import UserError
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 HELP = """commands:
@@ -218,7 +219,7 @@ def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
     return run(cfg, Path(hydra_cfg.runtime.output_dir), names, given)
 
 
-def _varied(given: Sequence[str], hydra_cfg: DictConfig) -> str:
+def _varied(given: Sequence[str], hydra_cfg: HydraConf) -> str:
     """The overrides of this run of a sweep that were given, on the command line or in a yaml, with several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -89,7 +89,9 @@ def _imports() -> Iterator[Finding]:
     from clplat._torchvision import ensure_importable
 
     ensure_importable()
-    advice = dict.fromkeys(("pytorch_lightning", "torchvision", "avalanche"), "reinstall it to match torch")
+    advice: dict[str, str] = dict.fromkeys(
+        ("pytorch_lightning", "torchvision", "avalanche"), "reinstall it to match torch"
+    )
     with suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("numba")
         advice["numba"] = "reinstall it (pip install 'clplat[cpu]'), or uninstall it"
