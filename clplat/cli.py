@@ -215,8 +215,8 @@ def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
         sweep=sweep,
         varied="" if sweep is None else _varied(given, hydra_cfg),
     )
-    given = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
-    return run(cfg, Path(hydra_cfg.runtime.output_dir), names, given)
+    keys = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
+    return run(cfg, Path(hydra_cfg.runtime.output_dir), names, keys)
 
 
 def _varied(given: Sequence[str], hydra_cfg: HydraConf) -> str:
