@@ -544,15 +544,15 @@ def test_a_gated_net_takes_its_mixers_in_turn() -> None:
     assert output.logits.shape == (B, 3)
     assert len(output.state) == 6
     for match, options in {
-        "layers=0": {"layers": 0},
-        "expansion=0": {"expansion": 0},
+        r"learner\.net\.layers: got 0": {"layers": 0},
+        r"learner\.net\.expansion: got 0": {"expansion": 0},
         "dropout: got 1.0": {"dropout": 1.0},
         "activation: got 'relu'": {"activation": "relu"},
         "norm: got 'batch'": {"norm": "batch"},
     }.items():
         with pytest.raises(ValueError, match=match):
             net([LSTM], **options)
-    with pytest.raises(ValueError, match="0 mixers"):
+    with pytest.raises(ValueError, match=r"learner\.net\.mixers: got none"):
         net([])
 
 
