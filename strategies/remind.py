@@ -18,7 +18,7 @@ from clplat.learners.nets.net import Block, Net, Output, State
 from clplat.quantize import ProductQuantizer, QuantizerError
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import UnionData
-from clplat.streams.experience import Batch, Data, Experience, Stream, concatenate
+from clplat.streams.experience import Batch, Data, Experience, Stream, StreamError, concatenate
 from clplat.streams.loader import stable_seed
 
 READ = 256
@@ -168,7 +168,7 @@ class Remind(Strategy):
         """Index 0: the whole base set; then nothing up to the end of the base; then the stream as it comes."""
         base = stream.experiences[: self.base_experiences]
         if len(base) == len(stream):
-            raise ValueError(
+            raise StreamError(
                 f"remind.base_experiences: got {self.base_experiences}, the stream has {len(stream)} and none would be "
                 "left to learn from codes: choose fewer."
             )

@@ -32,7 +32,7 @@ from clplat.strategies.remind import DECODED, OTHER_Y, LargestFirst, Quantised, 
 from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import RaggedData, TensorData
-from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.experience import Batch, Experience, Stream, StreamError
 from clplat.streams.loader import ChunkLoader, stable_seed
 
 D, C, K, N, T, H = 4, 6, 3, 40, 5, 8
@@ -203,6 +203,13 @@ def test_several_base_experiences_are_trained_together(trainer: Callable) -> Non
     assert strategy.store.y is not None
     assert strategy.store.y[: 3 * N].bincount().tolist() == [20] * 6
     assert dict(strategy.met) == {4: 20, 5: 20}
+
+
+def test_a_base_of_all_experiences_is_refused_in_one_line(trainer: Callable) -> None:
+    of = stream()
+    run = Run(of, learner(remind(base_experiences=len(of)), of), trainer(), TRAINING)
+    with pytest.raises(StreamError, match=r"remind\.base_experiences: got 3, the stream has 3 and none would be left"):
+        run.go()
 
 
 # What is stored
