@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def call(module: nn.Module, weights: Mapping[str, Tensor], *args: Any) -> Any:
     """module(*args) with `weights` in the places of the parameters and buffers of these names, which stay as they are.
 
-    `torch.func.functional_call`, for modules that are registered in two places too (HGRN's bounds): torch (2.11 to 2.13)
+    `torch.func.functional_call`, for modules that are registered in two places too (HGRN's bounds): torch (seen in 2.13)
     fills such a one twice and puts the new tensor back for good, in the place of the parameter. A parameter that two
     modules share is replaced in both.
 

@@ -22,8 +22,9 @@ class LocalAttention(Mixer):
     section 2.3), whose published code turns only half of a head's features by their positions; here all are turned.
 
     The state is (keys, values, count): keys before rotation and values [B, P, M, d] of the last P steps, of all since the
-    first call but at most W - 1, and [B] how many of these belong to the current sequence; the others are zeros. Positions count from the start of each
-    call, which products of rotated queries and keys do not notice: angles stay small in sequences without end.
+    first call but at most W - 1, and [B] how many of these belong to the current sequence; the others are zeros.
+    Positions count from the start of each call, which products of rotated queries and keys do not notice: angles stay
+    small in sequences without end.
 
     Time and memory are O(T W), in blocks of at most W queries.
 
