@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 
-from clplat.buffers import Reservoir
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
@@ -27,6 +26,7 @@ from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import Classification
+from clplat.rehearsal.policies import Reservoir
 from clplat.strategies.remind import Remind
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, concatenate

@@ -33,7 +33,8 @@ from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run, Silent, Training
+from clplat.run import Run, Silent
+from clplat.settings import Training
 from clplat.strategy import Composite
 from clplat.streams.experience import Stream
 from clplat.streams.sources import mnist, resolve_data_root

@@ -41,7 +41,8 @@ from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run, Silent, Training
+from clplat.run import Run, Silent
+from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.replay import Replay
 from clplat.strategy import Strategy

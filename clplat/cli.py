@@ -155,7 +155,7 @@ def ui(arguments: Sequence[str]) -> int:
     parser.add_argument("--uri", help="store; default: MLFLOW_TRACKING_URI, else mlruns.db in this folder")
     parser.add_argument("--port", type=int, default=5000, help="default 5000")
     given = parser.parse_args(arguments)
-    from clplat import tracking
+    from clplat.tracking import tracker as tracking
 
     try:
         return tracking.ui(given.uri, given.port)
@@ -168,7 +168,7 @@ def compare(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="clplat compare", description="The forgetting table of finished runs.")
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
-    from clplat import report
+    from clplat.report import tables as report
 
     files = [f for folder in given.folder for f in sorted(folder.rglob("result.json"))]
     if not files:
@@ -182,7 +182,7 @@ def sync(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="clplat sync", description="Send what could not be sent during a run.")
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
-    from clplat import tracking
+    from clplat.tracking import tracker as tracking
 
     try:
         for folder in given.folder:

@@ -156,8 +156,9 @@ def _folder() -> Iterator[Finding]:
 
 
 def _store() -> Iterator[Finding]:
-    from clplat import charts_view, tracking
     from clplat.errors import UserError
+    from clplat.tracking import tracker as tracking
+    from clplat.tracking import view as charts_view
 
     uri = charts_view.default_uri()
     database = charts_view.database_path(uri)

@@ -14,7 +14,7 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table of all runs of the sweep that finished."""
-        from clplat import report
+        from clplat.report import tables as report
 
         folder = Path(config.hydra.sweep.dir)
         runs = [report.read_run(f) for f in sorted(folder.rglob("result.json"))]

@@ -71,9 +71,9 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
     import numpy as np
     import torch
 
-    from clplat import report
     from clplat.lightning import pl
     from clplat.progress import Progress
+    from clplat.report import tables as report
     from clplat.run import Run
 
     # Its banners and hints are about loops that it runs itself.

@@ -13,7 +13,7 @@ from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import UNSCORED, Batch, Experience
-from clplat.teacher import Teacher
+from clplat.weights.teacher import Teacher
 
 
 class CenterLoss(Strategy):

@@ -12,7 +12,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
-from clplat.teacher import Teacher, every_logit
+from clplat.weights.teacher import Teacher, every_logit
 
 ROWS = ("none", "replayed", "all")
 

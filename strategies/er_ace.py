@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.buffers import Reservoir
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.policies import Reservoir
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, concatenate
 

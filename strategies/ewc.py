@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clplat.fisher import check_kind, fisher
+from clplat.importance.fisher import check_kind, fisher
+from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
-from clplat.penalty import Quadratic
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
@@ -36,7 +36,7 @@ class EWC(Strategy):
         strength: lambda; 0 is finetuning.
         mode: "separate", "online" or "single".
         gamma: of mode "online", in 0..1.
-        fisher: "exact", "sampled", "empirical" or "batched", see `clplat.fisher`.
+        fisher: "exact", "sampled", "empirical" or "batched", see `clplat.importance.fisher`.
         examples: the Fisher is a mean over this many examples of the experience, null: all.
         batch_size: examples a pass of the Fisher; no effect on the result (but for "batched").
         seed: of the choice of these examples and of sampled labels.

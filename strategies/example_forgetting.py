@@ -6,16 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clplat.forgetting import NEVER, Presentations, answered_right, forgetting_scores
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.example_forgetting import NEVER, Presentations, answered_right, forgetting_scores
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
 
 
 class ExampleForgetting(Strategy):
     """Changes nothing; counts, for every training example of every experience, how often it was forgotten at its own
-    presentations (`clplat.forgetting.Presentations`).
+    presentations (`clplat.rehearsal.example_forgetting.Presentations`).
 
     An example's presentation is its row in the training batch, as the net answered it in training mode before the
     update. Replayed rows do not count: they have no number in the current set. List it behind strategies that change

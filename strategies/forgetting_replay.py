@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from clplat.forgetting import MostForgotten, Presentations, answered_right
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.example_forgetting import MostForgotten, Presentations, answered_right
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream, concatenate
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.buffers import Buffer
 from clplat.learners.learner import Learner
-from clplat.named import NamedTensors
+from clplat.rehearsal.buffer import Buffer
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import BatchData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.weights.named import NamedTensors
 
 READ = 1024
 """Examples read at once when an experience is offered to the memory."""

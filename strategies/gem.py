@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clplat.buffers import ClassBalanced, Ring
-from clplat.flat import flat_gradient, set_gradient
 from clplat.learners.learner import Learner
+from clplat.rehearsal.policies import ClassBalanced, Ring
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
+from clplat.weights.flat import flat_gradient, set_gradient
 
 READ = 1024
 """Examples read at once when an experience is offered to the memory."""

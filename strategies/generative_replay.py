@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.generator import SequenceVAE
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.vae import SequenceVAE
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience, StreamError
 from clplat.streams.loader import stable_seed
-from clplat.teacher import Teacher
+from clplat.weights.teacher import Teacher
 
 
 class GenerativeReplay(Strategy):

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.fisher import untouched
+from clplat.importance.fisher import untouched
+from clplat.importance.recorder import Recorder, Use
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
-from clplat.subspace import collect, extended, rounding, without
-from clplat.taps import Recorder, Use
+from clplat.weights.subspace import collect, extended, rounding, without
 
 
 class GPM(Strategy):

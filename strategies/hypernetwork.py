@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clplat.generated_weights import GeneratedWeights
 from clplat.learners.learner import Learner
-from clplat.learners.nets.hyper import ACTS, Chunked, Full, GeneratedNet, Generator, Piece, TaskEmbeddings
 from clplat.learners.nets.net import Output
-from clplat.output_regularizer import OutputRegularizer, orthogonality
+from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
+from clplat.per_task.generators import ACTS, Chunked, Full, Generator, Piece
+from clplat.per_task.regularizer import OutputRegularizer, orthogonality
+from clplat.per_task.strategy import GeneratedWeights
 from clplat.streams.experience import Batch
 from clplat.streams.loader import stable_seed
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.buffers import Ranked
-from clplat.herding import herd, unit_features
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.herding import herd, unit_features
+from clplat.rehearsal.policies import Ranked
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import BatchData, UnionData
 from clplat.streams.experience import Batch, Experience, Stream
-from clplat.teacher import Teacher, every_logit
+from clplat.weights.teacher import Teacher, every_logit
 
 
 class ICaRL(Strategy):

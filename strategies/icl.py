@@ -12,7 +12,7 @@ from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
-from clplat.subspace import collect
+from clplat.weights.subspace import collect
 
 MODES = ("null_space", "recursive_least_squares")
 BASES = ("first", "initial")

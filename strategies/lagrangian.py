@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.buffers import ClassBalanced
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.policies import ClassBalanced
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 

@@ -13,7 +13,7 @@ from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
-from clplat.teacher import Teacher, every_logit
+from clplat.weights.teacher import Teacher, every_logit
 
 
 class LwF(Strategy):

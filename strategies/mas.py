@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from clplat.fisher import untouched
+from clplat.importance.fisher import untouched
+from clplat.importance.penalty import Quadratic
+from clplat.importance.per_example import AbsoluteGradients
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
-from clplat.penalty import Quadratic
-from clplat.per_example import AbsoluteGradients
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed

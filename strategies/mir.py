@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clplat import functional
-from clplat.buffers import Reservoir
 from clplat.learners.learner import Learner
+from clplat.rehearsal.policies import Reservoir
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, concatenate
+from clplat.weights import functional
 
 
 class MIR(Strategy):

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from clplat.fisher import untouched
+from clplat.importance.fisher import untouched
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
-from clplat.subspace import extended, rounding, without
+from clplat.weights.subspace import extended, rounding, without
 
 OF = ("true", "mean", "all")
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from clplat.learners.learner import Learner
-from clplat.learners.nets.masked import MaskedNet, TaskMasks
 from clplat.learners.nets.net import Output
-from clplat.learners.nets.per_task import label_of
+from clplat.per_task.masked import MaskedNet, TaskMasks
+from clplat.per_task.net import label_of
+from clplat.per_task.strategy import check_company, log_values, planned_steps
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
-from clplat.task_strategies import check_company, log_values, planned_steps
 
 log = logging.getLogger(__name__)
 

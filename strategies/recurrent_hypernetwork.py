@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from clplat.generated_weights import GeneratedWeights
+from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
-from clplat.learners.nets.hyper import GeneratedNet, Generator, Piece, Recurrent, TaskEmbeddings
-from clplat.learners.nets.per_task import label_of
-from clplat.named import NamedTensors
-from clplat.output_regularizer import OutputRegularizer
-from clplat.penalty import Quadratic
+from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
+from clplat.per_task.generators import Generator, Piece, Recurrent
+from clplat.per_task.net import label_of
+from clplat.per_task.regularizer import OutputRegularizer
+from clplat.per_task.strategy import GeneratedWeights
 from clplat.strategy import Composite
 from clplat.streams.experience import Experience
 from clplat.streams.loader import stable_seed
+from clplat.weights.named import NamedTensors
 
 
 class RecurrentHypernetwork(GeneratedWeights):

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, _foreach_add_, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
 
-from clplat.fisher import check_kind, fisher, untouched
+from clplat.importance.fisher import check_kind, fisher, untouched
+from clplat.importance.per_example import SquaredGradients
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
-from clplat.named import NamedTensors
-from clplat.per_example import SquaredGradients
 from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
+from clplat.weights.named import NamedTensors
 
 
 class Refresh(Strategy):

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from clplat.learners.learner import Learner
-from clplat.learners.nets.masked import MaskedNet, TaskMasks
 from clplat.learners.nets.net import Output
-from clplat.learners.nets.per_task import label_of
+from clplat.per_task.masked import MaskedNet, TaskMasks
+from clplat.per_task.net import label_of
+from clplat.per_task.strategy import check_answer, check_company, log_values, planned_steps, surest
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
-from clplat.task_strategies import check_answer, check_company, log_values, planned_steps, surest
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clplat.buffers import Buffer, Reservoir
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Block, Net, Output, State
-from clplat.quantize import ProductQuantizer, QuantizerError
+from clplat.rehearsal.buffer import Buffer
+from clplat.rehearsal.policies import Reservoir
+from clplat.rehearsal.product_quantizer import ProductQuantizer, QuantizerError
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import UnionData
 from clplat.streams.experience import Batch, Data, Experience, Stream, StreamError, concatenate
@@ -362,7 +363,7 @@ class LargestFirst(Buffer):
     """A store that, when full, drops a random row of the class that holds most, the new row counted among them.
 
     So it is always full once it was, and small classes are kept whole while larger ones shrink. That is another law
-    than that of `clplat.buffers.ClassBalanced`, whose classes have equal shares and leave room empty that they do not
+    than that of `clplat.rehearsal.policies.ClassBalanced`, whose classes have equal shares and leave room empty that they do not
     need. Among equally large classes the one met first loses a row.
 
     Args:

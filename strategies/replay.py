@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.buffers import Buffer, ClassBalanced, Grouped, Ranked, Reservoir, Ring
-from clplat.herding import herd
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.buffer import Buffer
+from clplat.rehearsal.herding import herd
+from clplat.rehearsal.policies import ClassBalanced, Grouped, Ranked, Reservoir, Ring
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience, concatenate
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat import functional
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
-from clplat.weight_arithmetic import flatten, load_flat, unflatten
+from clplat.weights import functional
+from clplat.weights.arithmetic import flatten, load_flat, unflatten
 
 ANSWERS = ("latest", "task")
 

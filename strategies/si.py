@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clplat.importance.path_integral import Before, after_step, before_step
+from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
-from clplat.named import NamedTensors
-from clplat.path import Before, after_step, before_step
-from clplat.penalty import Quadratic
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
+from clplat.weights.named import NamedTensors
 
 
 class SI(Strategy):

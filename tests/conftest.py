@@ -20,7 +20,8 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.lightning import pl
-from clplat.run import Run, Training
+from clplat.run import Run
+from clplat.settings import Training
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream

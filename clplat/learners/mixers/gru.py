@@ -44,7 +44,7 @@ class GRU(Mixer):
         """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`.
 
         In training on a CPU, and wherever there are resets, `clplat.kernels.cells` runs, which takes some 0.6 of
-        the time there. Elsewhere it is torch's own kernel: fast per-example gradients (`clplat.per_example`, always in
+        the time there. Elsewhere it is torch's own kernel: fast per-example gradients (`clplat.importance.per_example`, always in
         evaluation mode) know that one only.
         """
         (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)

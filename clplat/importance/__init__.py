@@ -1,0 +1,1 @@
+"""Which weights matter for the past, and penalties that hold them."""

@@ -1,0 +1,193 @@
+"""The diagonal of the Fisher information, always from gradients of single examples.
+
+    F_i = mean over x of E_y [ (d log p(y | x) / d theta_i)^2 ]
+
+with y from the model ("exact": the expectation in full; "sampled": one draw) or from the data ("empirical"), as named
+by van de Ven (2025). His "batched" is here too, for comparison: the square of a batch's mean gradient, which is not a
+Fisher information, depends on the batch size, and needs a strength orders of magnitude larger. log p of a sequence is
+the sum over its scored steps, and the square is taken of that sum.
+
+Letters: B batch, T time, C classes, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clplat.importance.per_example import SquaredGradients, Way
+from clplat.streams.experience import UNSCORED, Batch, Data
+
+if TYPE_CHECKING:
+    from clplat.learners.learner import Learner
+
+KINDS = ("exact", "sampled", "empirical", "batched")
+
+
+def check_kind(kind: str, target: str, key: str = "fisher") -> None:
+    """Refuse an estimate that does not exist, or not for this kind of target.
+
+    Args:
+        kind: the estimate.
+        target: what the learner predicts.
+        key: where the estimate was chosen.
+
+    Raises:
+        ValueError: names what is allowed.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{key}: got {kind!r}, allowed are {', '.join(map(repr, KINDS))}.")
+    if kind == "exact" and target in ("tag", "token"):
+        raise ValueError(
+            f"{key}: got 'exact', which would sum over all sequences of answers, and target {target!r} has too many of "
+            f"them: set {key}=sampled or {key}=empirical."
+        )
+
+
+def fisher(
+    learner: Learner,
+    data: Data,
+    kind: str,
+    examples: int | None,
+    generator: torch.Generator,
+    batch_size: int = 128,
+    way: Way = "taps",
+) -> dict[str, Tensor]:
+    """The diagonal Fisher information of the learner's weights, as a mean over examples.
+
+    Everything is computed in eval mode, with the learner's logit mask and on scored steps only; nothing of the
+    learner changes, `.grad`, training modes and global random states included.
+
+    "exact" costs one backward pass for each class with probability above 0, less one; for bits and values one for
+    each scored output of the sequence, so T * O (values are unit Gaussians, which makes it the Gauss-Newton diagonal).
+
+    Args:
+        learner: gives `learner(batch).logits`, `weights()`, `objective` and `device`.
+        data: where examples come from.
+        kind: "exact", "sampled", "empirical" or "batched".
+        examples: a random subset of this size; None or more than there are: all.
+        generator: on the CPU; draws the subset and the labels of "sampled".
+        batch_size: examples a pass; changes the cost, not the result (but for "batched").
+        way: see `clplat.importance.per_example`; anything but "taps" is slower, for tests.
+
+    Returns:
+        For each name in `learner.weights()` a tensor of that parameter's shape.
+
+    Raises:
+        ValueError: an unknown kind; "exact" for tags or tokens; no example.
+    """
+    objective = learner.objective
+    check_kind(kind, objective.kind)
+    if (examples is not None and examples < 1) or len(data) == 0:
+        raise ValueError(f"fisher: got examples={examples} of {len(data)}, it needs at least 1 (or null for all).")
+    count = len(data) if examples is None else min(examples, len(data))
+    chosen = torch.randperm(len(data), generator=generator)[:count]
+
+    def cotangents(logits: Tensor, batch: Batch) -> Iterable[Tensor]:
+        if kind == "exact":
+            return _exact(learner, logits, batch)
+        if kind == "sampled":
+            batch = replace(batch, y=_sample(objective.kind, logits, batch.y, generator))
+        return [_score_function(learner, logits, batch)]
+
+    if kind == "batched":
+        return _batched(learner, data, chosen.split(batch_size))
+    squares = SquaredGradients(learner, learner.weights(), way)
+    with untouched(learner):
+        for batch in data.batches(chosen.split(batch_size)):
+            squares.add(batch.to(learner.device), cotangents)
+    return {name: total.div_(count) for name, total in squares.total.items()}
+
+
+def _batched(learner: Learner, data: Data, indices: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The mean over batches of the square of their mean gradient."""
+    weights = learner.weights()
+    total = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
+    with untouched(learner):
+        for batch in data.batches(indices):
+            batch = batch.to(learner.device)
+            likelihood = learner.objective.log_likelihood(learner(batch).logits, batch).mean()
+            found = torch.autograd.grad(likelihood, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:
+                    total[name].addcmul_(gradient, gradient)
+    return {name: t.div_(len(indices)) for name, t in total.items()}
+
+
+@contextmanager
+def untouched(learner: Learner) -> Iterator[None]:
+    """Evaluation mode, gradients on, full precision; afterwards all modes and random states are as they were."""
+    modes = [(module, module.training) for module in learner.modules()]
+    with ExitStack() as stack:
+        on_gpu = learner.device.type == "cuda"
+        stack.enter_context(torch.random.fork_rng([learner.device] if on_gpu else []))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its recurrences have no backward in eval mode
+        stack.enter_context(torch.autocast(learner.device.type, enabled=False))
+        stack.enter_context(torch.enable_grad())
+        try:
+            learner.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _score_function(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:
+    """d log p(y | x) / d logits, [B, ...]."""
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        return torch.autograd.grad(learner.objective.log_likelihood(logits, batch).sum(), logits)[0]
+
+
+def _exact(learner: Learner, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+    kind = learner.objective.kind
+    if kind == "class":
+        yield from _class_factors(logits)
+        return
+    p = logits.sigmoid()
+    scale = (p * (1 - p)).sqrt() if kind == "bits" else torch.ones_like(logits)
+    scored = learner.objective.scored(batch)
+    if scored is not None:
+        scale = scale * scored[..., None]
+    for number, column in enumerate(scale.flatten(1).unbind(1)):
+        if bool(column.any()):
+            cotangent = torch.zeros_like(scale).flatten(1)
+            cotangent[:, number] = column
+            yield cotangent.view_as(scale)
+
+
+def _class_factors(logits: Tensor) -> Iterator[Tensor]:
+    """Vectors v_k [B, C] with sum_k v_k v_k^T = diag(p) - p p^T, the Fisher information of a softmax by its logits.
+
+    Any such set gives the same Fisher as sqrt(p_k) (e_k - p) for all classes. These are the columns of the Cholesky
+    factor (Tanabe & Sagae 1992): one less, and those of classes with probability 0 vanish.
+    """
+    p = logits.softmax(-1)
+    tiny = torch.finfo(p.dtype).tiny
+    tail = p.flip(-1).cumsum(-1).flip(-1)  # [B, C], the sum of p_k and all after it
+    for k in range(p.shape[1] - 1):
+        rest = tail[:, k + 1]
+        size = (p[:, k] * rest / tail[:, k].clamp_min(tiny)).sqrt()
+        if bool(size.any()):
+            factor = torch.zeros_like(p)
+            factor[:, k] = size
+            factor[:, k + 1 :] = -(p[:, k + 1 :] / rest.clamp_min(tiny)[:, None]) * size[:, None]
+            yield factor
+
+
+def _sample(kind: str, logits: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Targets like y, drawn from the model; steps that are not scored stay so."""
+    if kind == "value":
+        return logits + torch.randn(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+    if kind == "bits":
+        drawn = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+        return (drawn < logits.sigmoid()).to(y.dtype)
+    # A race: the class whose exponential clock of rate p_k rings first. Probability 0 never wins.
+    clock = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator).to(logits.device)
+    drawn = (logits.softmax(-1) / clock.clamp_min(torch.finfo(logits.dtype).tiny)).argmax(-1)
+    return torch.where(y == UNSCORED, y, drawn)

@@ -1,0 +1,1 @@
+"""Snapshots of weights, and algebra on them."""
