@@ -5,7 +5,8 @@
 
 Each run takes a few optimiser steps on each experience of a small stream, from the command line's own entry point, on
 one thread. Digested are the weights, the strategy's state, R with and without unseen classes, optimiser and random
-state of the last checkpoint, and MLflow's params and metrics. Numbers depend on the processor and on versions, so
+state of the last checkpoint, and MLflow's params and metrics. Each run has a process of its own, since compiled loops
+may round otherwise behind others. Numbers depend on the processor and on versions, so
 a record is never shipped. `--only NAME ...` takes some runs, `--part 0/2` every second one (for two processes).
 """
 
@@ -16,6 +17,7 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -123,6 +125,25 @@ def digest(overrides: list[str], folder: Path) -> dict[str, str]:
     return {key: _short(value) for key, value in flat.items()}
 
 
+def _alone(overrides: list[str], folder: Path) -> dict[str, str]:
+    # Forked, so that what is slow to import is imported once; nothing here has started a thread yet.
+    import mlflow  # noqa: F401
+
+    import clplat.cli
+    import clplat.run  # noqa: F401
+
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=lambda: theirs.send(digest(overrides, folder)))
+    process.start()
+    while not ours.poll(1):
+        if not process.is_alive() and not ours.poll(1):
+            return {"failed": f"its process ended with {process.exitcode}"}
+    found = ours.recv()
+    process.join()
+    return found
+
+
 def _flat(path: str, node: Any) -> dict[str, Any]:
     if isinstance(node, dict):
         return {k: v for key, child in node.items() for k, v in _flat(f"{path}/{key}", child).items()}
@@ -152,7 +173,10 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-RENAMED: list[tuple[str, str]] = []
+RENAMED: list[tuple[str, str]] = [
+    (r"^/learner/strategy\.(?!parts\.)", "/learner/strategy.parts.NAME."),
+    (r"^/learner/together$", "/learner/same_experience"),
+]
 """Patterns of keys that have another name since, and that name."""
 
 GONE: list[str] = [r"^params/tracking\.uri$"]
@@ -176,10 +200,13 @@ def compare(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> l
         if name not in new:
             lines.append(f"{name}: not run")
             continue
+        if "failed" in new[name]:
+            lines.append(f"{name}: {new[name]['failed']}")
+            continue
         after, expected = dict(new[name]), {}
         for key, value in before.items():
             for pattern, replacement in RENAMED:
-                key = re.sub(pattern, replacement.replace("NAME", name.split(" ")[1]), key)
+                key = re.sub(pattern, replacement.replace("NAME", _strategy(name)), key)
             if not any(re.search(p, key) for p in GONE):
                 expected[key] = repr(MOVED[value[1:-1]]) if value[1:-1] in MOVED else value
         after = {k: v for k, v in after.items() if k in expected or not any(re.search(p, k) for p in [*NEW, *GONE])}
@@ -187,6 +214,14 @@ def compare(old: dict[str, dict[str, str]], new: dict[str, dict[str, str]]) -> l
             if expected.get(key) != after.get(key):
                 lines.append(f"{name}: {key}: {expected.get(key, 'absent')} -> {after.get(key, 'absent')}")
     return lines
+
+
+def _strategy(name: str) -> str:
+    kind, _, what = name.partition(" ")
+    if kind == "strategy":
+        return what
+    given = next(o for o in [*runs()[name], "strategy=replay"] if o.startswith("strategy="))
+    return given.removeprefix("strategy=")
 
 
 def main() -> int:
@@ -202,7 +237,7 @@ def main() -> int:
     found: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, overrides) in list(enumerate(chosen.items()))[first::step]:
-            found[name] = digest(overrides, Path(folder) / str(i))
+            found[name] = _alone(overrides, Path(folder) / str(i))
             print(f"{name}: {found[name].get('failed', f'{len(found[name])} values')}", file=sys.stderr, flush=True)
     if given.what == "record":
         given.file.write_text(json.dumps(found, indent=1))

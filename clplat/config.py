@@ -125,6 +125,9 @@ def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
 def _imported(key: str, name: str) -> Any:
     from hydra.utils import get_object
 
+    from clplat._torchvision import ensure_importable
+
+    ensure_importable()  # what is imported may import Lightning
     said = logging.getLogger("hydra.utils")
     before, said.disabled = said.disabled, True  # the reason is in the error, in one line
     try:

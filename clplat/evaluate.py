@@ -25,10 +25,11 @@ def evaluate(
     batch_size: int = 1000,
     examples: int | None = None,
     precision: AbstractContextManager | None = None,
+    carries: bool = False,
 ) -> tuple[list[float], list[float]]:
     """The score on each experience's test set, and the same with the classes not seen so far masked.
 
-    The second list is NaN where targets are not classes. Where the learner carries its state, each test set is read in
+    The second list is NaN where targets are not classes. With `carries`, each test set is read in
     order with a state of its own, fresh at first; that of the training is not touched.
 
     Args:
@@ -38,25 +39,26 @@ def evaluate(
         examples: take this many of each test set, evenly spaced and always the same; None: all. Of segments in order:
             the first of them, in whole rows.
         precision: context in which the net is run (autocast), None: plain.
+        carries: the state of segments goes from each to the next.
     """
     sums: list[Tensor] = []
     with evaluation(learner), precision or nullcontext():
         for experience in experiences:
-            sums.append(_score(learner, experience.test, batch_size, examples))
+            sums.append(_score(learner, experience.test, batch_size, examples, carries))
     totals = torch.stack(sums).tolist()  # the only wait for the device
     scores = [total / count for total, _, count in totals]
     masked = learner.objective.kind == "class"
     return scores, [seen / count if masked else float("nan") for _, seen, count in totals]
 
 
-def _score(learner: Learner, data: Data, batch_size: int, examples: int | None) -> Tensor:
+def _score(learner: Learner, data: Data, batch_size: int, examples: int | None, carries: bool) -> Tensor:
     index = torch.arange(len(data))
     if examples is not None and examples < len(data):
         index = torch.linspace(0, len(data) - 1, examples, dtype=torch.float64).round().long()
     total = torch.zeros(3, device=learner.device, dtype=torch.float64)
     objective = learner.objective
     batches, state = data.batches(index.split(batch_size)), None
-    carried = data if learner.carries and isinstance(data, SegmentData) else None
+    carried = data if carries and isinstance(data, SegmentData) else None
     if carried is not None:
         batches = islice(carried.in_order(), max(len(index) // carried.rows, 1))
     for batch in batches:

@@ -1,4 +1,10 @@
-"""Lightning, importable: it imports torchvision, whose operators may not fit the installed torch."""
+"""Adapter to Lightning: importable beside any torchvision, and the only file that touches its inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from clplat._torchvision import ensure_importable
 
@@ -6,4 +12,51 @@ ensure_importable()
 
 import pytorch_lightning as pl  # noqa: E402  # only after the line above
 
-__all__ = ["pl"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["forward_context", "one_fit", "pl", "quiet_trainer", "root_device", "tell_steps"]
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    """A Trainer for a run: no logger, checkpoint, progress bar or summary of its own; `options` come on top."""
+    plain: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**plain | options)
+
+
+@contextmanager
+def one_fit(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
+    """Let the next `fit` train for one more of Lightning's epochs, with one more callback.
+
+    A second `fit` on one Trainer trains nothing unless its number of epochs is moved on.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a plain list, set by Lightning
+    callbacks.append(callback)
+    trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+    try:
+        yield
+    finally:
+        callbacks.remove(callback)
+
+
+def root_device(trainer: pl.Trainer) -> torch.device:
+    """Device that the Trainer trains on."""
+    return trainer.strategy.root_device
+
+
+def forward_context(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    """Context of a forward pass in the Trainer's precision (autocast)."""
+    return trainer.precision_plugin.forward_context()
+
+
+def tell_steps(trainer: pl.Trainer, steps: int) -> None:
+    """Set the number of optimiser steps where Lightning and its callbacks look for it."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.total.ready = progress.total.completed = steps

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from clplat.learners.learner import Learner
 from clplat.lightning import pl
+from clplat.stepper import Stepper
 
 
 class Progress(pl.Callback):
@@ -38,8 +38,8 @@ class Progress(pl.Callback):
         """Show which experience begins."""
         if self.task is None:
             self.task = self.bar.add_task(self.name, total=self.experiences)
-        assert isinstance(pl_module, Learner)
-        experience = pl_module.experience
+        assert isinstance(pl_module, Stepper)
+        experience = pl_module.learner.experience
         assert experience is not None
         self.done, self.chunks = experience.index, max(1, int(trainer.num_training_batches))
         self.bar.update(self.task, description=f"{self.name}: {experience.name}", completed=self.done)

@@ -1,10 +1,10 @@
-"""The loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
+"""Loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
 
 for each experience
-    strategy.before_experience
     trainer.fit          (one Trainer; one of its epochs is one experience)
     strategy.after_experience
-    score all test sets -> a row of R -> tracker -> checkpoint
+    score all test sets -> a row of R -> tracker
+    strategy.before_experience of the next one, so that the checkpoint holds what it prepared -> checkpoint
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any, Protocol
 import torch
 
 from clplat import checkpoint
+from clplat.composition import check_stream
 from clplat.evaluate import evaluate
+from clplat.learners.carry import Carry
 from clplat.learners.learner import Learner
-from clplat.learners.nets.net import State
-from clplat.lightning import pl
+from clplat.lightning import forward_context, one_fit, pl, root_device
 from clplat.metrics import ScoreTable
 from clplat.settings import Evaluation, Training
-from clplat.strategy import Session, check_needs
+from clplat.stepper import Stepper
+from clplat.strategy import Session
 from clplat.streams.experience import Batch, Stream, StreamError
 from clplat.streams.loader import ChunkLoader
 from clplat.streams.segments import SegmentData, SegmentLoader, segmented, segments_of
@@ -116,8 +118,8 @@ class Run:
         notes: dict[str, Any] | None = None,
     ) -> None:
         stream.check()
-        learner.carries = training.carry_state and segmented(stream)
-        check_needs(learner.strategy, stream, learner.carries)
+        carries = training.carry_state and segmented(stream)
+        check_stream(learner.strategy, stream, carries)
         if learner.objective.kind != stream.target:
             raise StreamError(
                 f"The objective is for {learner.objective.kind!r} targets, stream {stream.name!r} has "
@@ -127,7 +129,7 @@ class Run:
             raise ValueError(
                 f"trainer.devices: got {trainer.world_size} processes, one is supported so far: set it to 1."
             )
-        if learner.carries:
+        if carries:
             for experience in stream:
                 _check_state(learner, segments_of(experience.train, training.batch_size))
         elif training.vary_segments:
@@ -135,6 +137,8 @@ class Run:
                 f"training.vary_segments: stream {stream.name!r} has no segments: set it to false, or choose stream=text."
             )
         self.stream, self.learner, self.trainer = stream, learner, trainer
+        self.carry = Carry() if carries else None
+        self.stepper = Stepper(learner, self.carry)
         self.training, self.evaluation = training, evaluation or Evaluation()
         self.tracker = tracker or Silent()
         self.folder, self.notes = folder, notes or {}
@@ -147,7 +151,8 @@ class Run:
         """Optimiser steps done on it."""
         self._random: dict[str, Any] | None = None
         self._begun = False
-        learner.strategy.wrap(learner)
+        learner.log = lambda values: self.tracker.log(values, learner.steps)
+        learner.strategy.setup(learner, stream)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state, exactly."""
@@ -157,8 +162,9 @@ class Run:
             learner.shape_for(experience)
         learner.load_state_dict(state["learner"])
         learner.steps = state["steps"]
-        learner.resume_optimizer = state["optimizer"]
-        learner.carried = _to(learner.device, state.get("carried"))
+        learner.handover.resume(state["optimizer"])
+        if self.carry is not None:
+            self.carry.state = state["carried"]
         self.results.load_state_dict(state["results"])
         self.seen_results.load_state_dict(state["seen_results"])
         self._random = state["random"]
@@ -169,11 +175,9 @@ class Run:
         `go` does it where nobody did. Apart from it, what a strategy can refuse only now, with an example at hand, is
         refused before anything is written or announced.
         """
-        learner = self.learner
-        learner.to(self.trainer.strategy.root_device)
-        learner.carried = _to(learner.device, learner.carried)
+        self.learner.to(root_device(self.trainer))
         if self._random is None:
-            learner.begin(self.stream[0])
+            self.learner.begin(self.stream[0])
         self._begun = True
 
     def go(self) -> ScoreTable:
@@ -199,12 +203,12 @@ class Run:
         started = time.perf_counter()
         session = learner.strategy.session(stream, self.experience, Session(experience.train))
         length = self.training.length(session)
-        for covered in session.covers:
-            learner.shape_for(covered)
+        for other in session.also_classes:
+            learner.shape_for(other)
         learner.enter(experience)
         if session.data is not None and self.step < length:
             self._fit(session, length)
-        learner.to(self.trainer.strategy.root_device)  # Lightning leaves it on the CPU after fit
+        learner.to(root_device(self.trainer))  # Lightning leaves it on the CPU after fit
         trained = time.perf_counter()
         learner.end(experience)
         consolidated = time.perf_counter()
@@ -223,6 +227,8 @@ class Run:
         )
         self.experience, self.step = done, 0
         if done < len(stream):
+            if self.carry is not None:
+                self.carry.state = None
             learner.begin(stream[done])
         self.save()
 
@@ -239,24 +245,19 @@ class Run:
             "cuts": [n for n in due if n is not None],
             "offset": learner.steps - self.step,
         }
-        if learner.carries:
+        nominal = None
+        if self.carry is not None:
             data = segments_of(session.data, training.batch_size)
             loader = SegmentLoader(data, vary=training.vary_segments, **options)
-            learner.nominal = data.steps if training.vary_segments else None
+            nominal = data.steps if training.vary_segments else None
+            self.carry.to(learner.device)
         else:
             loader = ChunkLoader(session.data, batch_size=training.batch_size, **options)
-        learner.plan(length, self.step)
         # Lightning's set-up may draw random numbers: what comes before the first step must not matter.
         state = checkpoint.random_state()
-        learner.before_first_step = lambda: checkpoint.set_random_state(state)
-        between = _BetweenChunks(self, learner.steps - self.step, length)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a plain list, set by Lightning
-        callbacks.append(between)
-        trainer.fit_loop.max_epochs = trainer.current_epoch + 1
-        try:
-            trainer.fit(learner, train_dataloaders=loader)
-        finally:
-            callbacks.remove(between)
+        self.stepper.plan(length, self.step, nominal, lambda: checkpoint.set_random_state(state))
+        with one_fit(trainer, _BetweenChunks(self, learner.steps - self.step, length)):
+            trainer.fit(self.stepper, train_dataloaders=loader)
 
     def score(self, trained: int, final: bool) -> None:
         """Add a row to the results.
@@ -270,7 +271,8 @@ class Run:
             self.stream.experiences,
             self.evaluation.batch_size,
             None if final else self.evaluation.examples,
-            self.trainer.precision_plugin.forward_context(),
+            forward_context(self.trainer),
+            self.carry is not None,
         )
         step = self.learner.steps
         self.results.append(scores, trained, step, final)
@@ -280,17 +282,14 @@ class Run:
         """Write `last.ckpt`. A full disk does not stop the training: the last good checkpoint stays."""
         if self.folder is None:
             return
-        optimizer = self.learner.resume_optimizer  # kept from the last experience, before the next one began
-        if self.step and self.learner.optimizer is not None:
-            optimizer = self.learner.optimizer.state_dict()
         state = {
             "experience": self.experience,
             "step": self.step,
             "steps": self.learner.steps,
             "complete": self.experience == len(self.stream),
             "learner": self.learner.state_dict(),
-            "optimizer": optimizer,
-            "carried": self.learner.carried,
+            "optimizer": self.learner.handover.state(inside=self.step > 0),
+            "carried": None if self.carry is None else self.carry.state,
             "random": checkpoint.random_state(),
             "results": self.results.state_dict(),
             "seen_results": self.seen_results.state_dict(),
@@ -331,12 +330,6 @@ def _grown(before: list[torch.Size], after: list[torch.Size]) -> str:
     return f"{list(a)}, then {list(b)}"
 
 
-def _to(device: torch.device, state: tuple[State, ...] | None) -> tuple[State, ...] | None:
-    if state is None:
-        return None
-    return tuple(None if s is None else tuple(t.to(device) for t in s) for s in state)
-
-
 class _BetweenChunks(pl.Callback):
     """Curves, extra rows and checkpoints between two chunks of an experience."""
 
@@ -351,7 +344,7 @@ class _BetweenChunks(pl.Callback):
         run.step = steps - self.before
         last = run.step == self.length
         if steps % run.training.log_every_n_steps == 0 or last:
-            run.tracker.log({f"train/{name}": v for name, v in run.learner.mean_terms().items()}, steps)
+            run.tracker.log({f"train/{name}": v for name, v in run.stepper.mean_terms().items()}, steps)
         every = run.evaluation.every_n_steps
         if every is not None and steps % every == 0 and not last:
             run.score(trained=run.experience, final=False)

@@ -62,7 +62,7 @@ class Training:
         if session.data is None:
             return 0
         if self.steps is not None:
-            return round(self.steps * session.share)
+            return round(self.steps * session.budget)
         assert self.epochs is not None
         return self.epochs * passes_steps(len(session.data), self.batch_size)
 

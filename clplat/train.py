@@ -94,10 +94,9 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
         trainer = _trainer(cfg, tracker, [Progress(label, len(stream))] if cfg.progress else [])
     notes = {"config": plain, "names": vars(names), "run_id": None if state is None else state["notes"]["run_id"]}
     with _refusing("optimizer"):
-        learner.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+        learner.handover.make([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
     with _refusing("schedule"):
-        learner.plan(1, 0)
-        learner.schedule_factor()
+        learner.make_schedule(1)(0)
     with _refusing(""):  # strategies name themselves
         training, evaluation = instantiate(cfg.training), instantiate(cfg.evaluation)
         run = Run(stream, learner, trainer, training, evaluation, tracker, folder, notes)
@@ -132,11 +131,11 @@ def train(cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | No
 
 def build_learner(cfg: DictConfig, stream: Any) -> Any:
     """The learner that `cfg.learner`, `.objective`, `.optimizer`, `.schedule` and `.strategy` describe, for a stream."""
+    from clplat.composition import Composite
     from clplat.learners.learner import Learner
     from clplat.learners.mixers.mixer import Mixer
     from clplat.learners.nets import heads
     from clplat.learners.nets.net import Inputs
-    from clplat.strategy import Composite
 
     options = dict(cfg.learner)
     net, kind = instantiate(options.pop("net")), options.pop("head")
@@ -173,7 +172,7 @@ def build_learner(cfg: DictConfig, stream: Any) -> Any:
     return Learner(
         net=built,
         objective=objective,
-        strategy=next(iter(parts.values())) if len(parts) == 1 else Composite(parts),
+        strategy=Composite(parts),
         optimizer=instantiate(cfg.optimizer),
         schedule=instantiate(cfg.schedule),
         **options,

@@ -35,6 +35,7 @@ class AGEM(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"raw_rows"})
 
     def __init__(self, capacity_per_experience: int, rows: int = 256, seed: int = 0) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
-from clplat.streams.experience import UNSCORED, Batch, Experience
+from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.weights.teacher import Teacher
 
 
@@ -48,7 +48,7 @@ class CenterLoss(Strategy):
     """
 
     needs = frozenset({"boundaries"})
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class CenterLoss(Strategy):
             raise ValueError(f"center_loss.rate: got {rate}, it must lie in 0..1.")
         if centers_after not in ("frozen", "moving"):
             raise ValueError(f"center_loss.centers_after: got {centers_after!r}, allowed are 'frozen' and 'moving'.")
-        self.strength, self.mode, self.rate, self.normalize = strength, mode, rate, normalize
+        self.strength, self.mode, self.center_rate, self.normalize = strength, mode, rate, normalize
         self.moving, self.freeze_head = centers_after == "moving", freeze_head
         self.register_buffer("centers", None)  # [C, H]
         self.register_buffer("old", None)  # [C] bool, classes of earlier experiences
@@ -79,7 +79,7 @@ class CenterLoss(Strategy):
         if mode == "features":
             self.not_carried = "its old net would see each segment from a fresh state, the learner from a carried one"
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for centres or for the old net.
 
         Raises:
@@ -162,7 +162,7 @@ class CenterLoss(Strategy):
         change = (count * self.centers - member.mT @ features) / (1 + count)
         if not self.moving:
             change = change.masked_fill(self.old[:, None], 0)
-        self.centers -= self.rate * change
+        self.centers -= self.center_rate * change
 
     def _unit(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) if self.normalize else features

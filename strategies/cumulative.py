@@ -12,6 +12,7 @@ class Cumulative(Strategy):
     experiences' worth of steps: each example is seen as often an experience as in finetuning."""
 
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
+    claims = frozenset({"data"})
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """The union of all training sets up to `index`."""

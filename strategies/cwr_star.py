@@ -8,7 +8,7 @@ from torch import Tensor
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.strategy import Strategy
-from clplat.streams.experience import Experience
+from clplat.streams.experience import Experience, Stream
 
 
 class CWRStar(Strategy):
@@ -35,7 +35,7 @@ class CWRStar(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
-    edits_layers = True
+    claims = frozenset({"layers"})
     saved_weight: Tensor | None  # [C, H]
     saved_bias: Tensor | None  # [C]
     past: Tensor | None  # [C] examples of each class so far
@@ -48,7 +48,7 @@ class CWRStar(Strategy):
         for name in ("saved_weight", "saved_bias", "past"):
             self.register_buffer(name, None)
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse a head per task, and an optimiser state that would outlive the weights it is for."""
         if isinstance(learner.net.head, TaskHead):
             raise ValueError(

@@ -34,6 +34,7 @@ class DER(Strategy):
     """
 
     not_carried = "it stores answers from a carried state and would compare them with those from a fresh one"
+    claims = frozenset({"raw_rows"})
 
     def __init__(
         self, capacity: int, alpha: float = 0.5, beta: float = 0.5, rows: int | None = None, seed: int = 0

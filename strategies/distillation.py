@@ -11,7 +11,7 @@ from torch import Tensor
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.teacher import Teacher, every_logit
 
 ROWS = ("none", "replayed", "all")
@@ -45,7 +45,7 @@ class Distillation(Strategy):
 
     needs = frozenset({"boundaries", "classes"})
     not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Distillation(Strategy):
             mean == "rows_and_classes",
         )
         self.off = feature == prediction == "none"
-        self.replaces_objective = not self.off
+        self.claims = frozenset({"layers", *([] if self.off else ["objective"])})
         self.passes = 1.0 if self.off else 4 / 3
         self.old = self.all = 0  # numbers of classes
         self.register_buffer("known", None)  # [C] bool, classes met before this experience
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for the teacher."""
         if not self.off:
             self.teacher = Teacher(learner.net)

@@ -36,7 +36,7 @@ class ERACE(Strategy):
         if rows is not None and rows < 1:
             raise ValueError(f"er_ace.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
         self.buffer, self.rows = Reservoir(capacity, seed), rows
-        self.replaces_objective = capacity > 0
+        self.claims = frozenset({"raw_rows", *(["objective"] if capacity else [])})
         self.passes = 2.0 if capacity else 1.0
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:

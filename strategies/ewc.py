@@ -12,7 +12,7 @@ from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
 
 MODES = ("separate", "online", "single")
@@ -46,6 +46,7 @@ class EWC(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"weight_values"})
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class EWC(Strategy):
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
         self.past = Quadratic()
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse an estimate that does not exist for the learner's objective."""
         check_kind(self.fisher, learner.objective.kind, "strategy.ewc.fisher")
 

@@ -29,7 +29,7 @@ class ExampleForgetting(Strategy):
             0 and at most 1. The paper has one label an example only.
 
     Raises:
-        ValueError: a fraction outside that range; `wrap`: real-valued targets, which are neither right nor wrong.
+        ValueError: a fraction outside that range; `setup`: real-valued targets, which are neither right nor wrong.
     """
 
     not_carried = "it follows examples by their numbers, and segments of random length have none"
@@ -50,7 +50,7 @@ class ExampleForgetting(Strategy):
             self.register_buffer(name, None)
         self._examples = 0  # of the session
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse targets that cannot be forgotten."""
         if learner.objective.kind == "value":
             answered_right(learner.objective, torch.empty(0), Batch(torch.empty(0, 1), torch.empty(0, 1)))

@@ -35,6 +35,7 @@ class ForgettingReplay(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
+    claims = frozenset({"raw_rows"})
 
     def __init__(
         self,

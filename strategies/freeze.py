@@ -8,7 +8,7 @@ from torch import nn
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Net
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 
 
 class Freeze(Strategy):
@@ -29,10 +29,10 @@ class Freeze(Strategy):
         eval_mode: keep frozen layers in evaluation mode.
 
     Raises:
-        ValueError: a negative number; `wrap`: more blocks than the net has, or an optimiser whose state is kept.
+        ValueError: a negative number; `setup`: more blocks than the net has, or an optimiser whose state is kept.
     """
 
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(self, blocks: int = 1, embedding: bool = True, start: int = 1, eval_mode: bool = True) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Freeze(Strategy):
         self.blocks, self.embedding, self.start, self.eval_mode = blocks, embedding, start, eval_mode
         self._active = False  # set by `enter`
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse what the net or the optimiser cannot give."""
         have = len(learner.net.blocks)
         if self.blocks > have:

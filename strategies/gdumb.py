@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clplat.learners.learner import Learner
 from clplat.rehearsal.buffer import Buffer
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.data import BatchData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.named import NamedTensors
@@ -35,6 +35,7 @@ class GDumb(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
+    claims = frozenset({"data", "raw_rows"})
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         super().__init__()
@@ -47,16 +48,12 @@ class GDumb(Strategy):
         self.offered = 0
         """Experiences offered to the memory."""
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Keep the initial weights.
 
         Raises:
             ValueError: another strategy chooses what is trained, too.
         """
-        parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
-        for name, part in parts.items():
-            if part is not self and type(part).session is not Strategy.session:
-                raise ValueError(f"gdumb cannot be combined with {name}: both choose what is trained. Drop one.")
         self.initial.keep(learner.weights())
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
@@ -66,7 +63,7 @@ class GDumb(Strategy):
             for batch in data.batches(torch.arange(len(data)).split(READ)):
                 self.memory.insert(batch)
             self.offered = index + 1
-        return Session(BatchData(self.memory.contents()), 1.0, session.covers)
+        return Session(BatchData(self.memory.contents()), 1.0, session.also_classes)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """From scratch; weights that another strategy has frozen stay."""

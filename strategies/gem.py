@@ -38,6 +38,7 @@ class GEM(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"raw_rows"})
 
     def __init__(
         self,

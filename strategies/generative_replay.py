@@ -13,7 +13,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.vae import SequenceVAE
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience, StreamError
+from clplat.streams.experience import Batch, Experience, Stream, StreamError
 from clplat.streams.loader import stable_seed
 from clplat.weights.teacher import Teacher
 
@@ -73,7 +73,7 @@ class GenerativeReplay(Strategy):
         self.rows, self.hidden, self.latent, self.deviation = rows, hidden, latent, deviation
         self.lr, self.soft, self.temperature = lr, labels == "soft", temperature
         self.off = rows == 0
-        self.replaces_objective = not self.off
+        self.claims = frozenset([] if self.off else ["objective"])
         self.passes = 1.0 if self.off else 3.0
         self.generator: SequenceVAE | None = None
         self.old: SequenceVAE | None = None
@@ -85,7 +85,7 @@ class GenerativeReplay(Strategy):
         self._random = torch.Generator().manual_seed(stable_seed(seed, "generative replay"))
         self._generated: Batch | None = None
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for the learner's copy.
 
         Raises:
@@ -130,11 +130,6 @@ class GenerativeReplay(Strategy):
             assert self.generator is not None
             self.generator.to(learner.device)
         self._optimize()
-
-    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The learner's optimiser leaves the generator alone."""
-        own = {id(p) for p in self.parameters()}
-        return [g | {"params": [p for p in g["params"] if id(p) not in own]} for g in groups]
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch as it is; generated rows are made here, once a step."""

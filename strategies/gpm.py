@@ -13,7 +13,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
 from clplat.weights.subspace import collect, extended, rounding, without
 
@@ -53,7 +53,7 @@ class GPM(Strategy):
     """
 
     needs = frozenset({"boundaries"})
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class GPM(Strategy):
         self._past = 0  # experiences consolidated
         self._free: tuple[str, ...] = ()  # names of parameters that are never held back
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for a basis of each weight matrix."""
         if self.head == "free" or (self.head == "auto" and isinstance(learner.net.head, TaskHead)):
             self._free = tuple(f"head.{name}" for name, _ in learner.net.head.named_parameters())

@@ -13,7 +13,7 @@ from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
 from clplat.per_task.generators import ACTS, Chunked, Full, Generator, Piece
 from clplat.per_task.regularizer import OutputRegularizer, orthogonality
 from clplat.per_task.strategy import GeneratedWeights
-from clplat.streams.experience import Batch
+from clplat.streams.experience import Batch, Stream
 from clplat.streams.loader import stable_seed
 
 KINDS = ("full", "chunked")
@@ -100,14 +100,14 @@ class Hypernetwork(GeneratedWeights):
         self.embedding, self.embedding_std, self.code, self.code_std = embedding, embedding_std, code, code_std
         self.orthogonal, self.seed = orthogonal, seed
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Let the hypernetwork generate the weights of the learner's net.
 
         Raises:
             ValueError: `orthogonal` and a net without recurrent matrices; a company that cannot be (see
                 `check_company`).
         """
-        super().wrap(learner)
+        super().setup(learner, stream)
         if self.orthogonal:
             assert isinstance(learner.net, GeneratedNet)
             orthogonality(learner.net.weights_for(0))

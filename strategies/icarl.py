@@ -38,8 +38,7 @@ class ICaRL(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
-    edits_layers = True
-    replaces_objective = True
+    claims = frozenset({"data", "layers", "objective", "raw_rows"})
     passes = 4 / 3
 
     def __init__(self, capacity: int, nearest_mean: bool = True) -> None:
@@ -50,7 +49,7 @@ class ICaRL(Strategy):
         self.register_buffer("known", None)  # [C] bool, classes met before this experience
         self.register_buffer("means", None)  # [C, H], rows of `known` classes
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for the old net."""
         self.teacher = Teacher(learner.net)
         self.known = torch.zeros_like(learner.seen)
@@ -60,7 +59,7 @@ class ICaRL(Strategy):
         if not len(self.exemplars) or session.data is None:
             return session
         held = self.exemplars.contents().to(torch.device("cpu"))
-        return Session(UnionData([session.data, BatchData(held)]), session.share, session.covers)
+        return Session(UnionData([session.data, BatchData(held)]), session.budget, session.also_classes)
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
         """Binary cross-entropy over the classes met by now."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.subspace import collect
 
@@ -56,6 +56,7 @@ class ICL(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"data"})
     not_carried = "its head is solved for from features of each segment's fresh state"
     solution: Tensor | None  # [P, O]
     rest: Tensor | None  # [P, d] the basis N, or [P, P] the matrix P
@@ -90,19 +91,13 @@ class ICL(Strategy):
         for name in ("solution", "rest", "projection"):
             self.register_buffer(name, None)
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Draw the random features; refuse targets without a squared error, and parts that train what is frozen."""
         if learner.objective.kind == "token":
             raise ValueError(
                 "icl: the solution of a regression is no probability of tokens, which target 'token' is scored by: "
                 "use another strategy, or a stream with target class, tag, bits or value."
             )
-        parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
-        for name, part in parts.items():
-            if part is not self and type(part).session is not Strategy.session:
-                raise ValueError(
-                    f"icl cannot be combined with {name}: both choose what an experience trains. Drop one."
-                )
         if self.random_features is not None:
             width = learner.net.head.linear.in_features
             generator = torch.Generator().manual_seed(self.seed)

@@ -12,6 +12,7 @@ class Joint(Strategy):
     together would take; the later ones train on nothing, so every row of R is the same."""
 
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
+    claims = frozenset({"data"})
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """Everything for index 0, nothing after it."""

@@ -54,6 +54,7 @@ class Lagrangian(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"raw_rows"})
     multipliers: Tensor | None  # [old experiences]
     limits: Tensor | None  # [old experiences], eps
 

@@ -12,7 +12,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.teacher import Teacher, every_logit
 
 
@@ -39,7 +39,7 @@ class LwF(Strategy):
 
     needs = frozenset({"boundaries"})
     not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(self, strength: float | Sequence[float], temperature: float = 2.0, replayed: bool = True) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LwF(Strategy):
         self._strength = 0.0  # of the current experience
         self.register_buffer("known", None)  # [C] bool, classes met before this experience
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Make room for the teacher.
 
         Raises:

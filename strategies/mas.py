@@ -38,6 +38,7 @@ class MAS(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"weight_values"})
 
     def __init__(
         self, strength: float, decay: float = 1.0, examples: int | None = 500, batch_size: int = 128, seed: int = 0

@@ -32,6 +32,8 @@ class MIR(Strategy):
         ValueError: an option that is not allowed.
     """
 
+    claims = frozenset({"raw_rows"})
+
     def __init__(
         self,
         capacity: int,

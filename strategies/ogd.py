@@ -10,7 +10,7 @@ from clplat.importance.fisher import untouched
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
 from clplat.weights.subspace import extended, rounding, without
 
@@ -63,7 +63,7 @@ class OGD(Strategy):
         self.examples, self.capacity, self.of, self.apply_to, self.seed = examples, capacity, of, apply_to, seed
         self.register_buffer("basis", None)
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse the true logit where there is none."""
         kind = learner.objective.kind
         if self.of == "true" and kind in ("bits", "value"):

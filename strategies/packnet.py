@@ -11,9 +11,8 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.per_task.masked import MaskedNet, TaskMasks
 from clplat.per_task.net import label_of
-from clplat.per_task.strategy import check_company, log_values, planned_steps
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,7 @@ class PackNet(Strategy):
     """
 
     needs = frozenset({"boundaries", "task_labels"})
+    claims = frozenset({"net"})
 
     def __init__(self, prune: float = 0.75, prune_at: float = 0.5, vectors: str = "frozen") -> None:
         super().__init__()
@@ -57,9 +57,8 @@ class PackNet(Strategy):
         self._done, self._pruned = 0, False
         self._due: int | None = None
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Give the learner's net masks."""
-        check_company("packnet", learner)
         learner.net = MaskedNet(learner.net, self.tasks)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
@@ -84,7 +83,7 @@ class PackNet(Strategy):
         net.restore()
         self._done += 1
         if self._due is None:
-            self._due = max(1, round(self.prune_at * (planned_steps(learner) or 0)))
+            self._due = max(1, round(self.prune_at * learner.planned))
         if self.prune_at < 1 and self._done == self._due:
             self._release(net)
 
@@ -96,7 +95,7 @@ class PackNet(Strategy):
         net.finish()
         free = net.free_share()
         log.info("packnet: %.1f %% of the weights are free after %s", 100 * free, experience.name)
-        log_values(learner, {"capacity/free": free})
+        learner.log({"capacity/free": free})
 
     def get_extra_state(self) -> dict[str, Any]:
         """Steps done on the experience, and whether its weights were pruned."""

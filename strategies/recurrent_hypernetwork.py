@@ -6,17 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
 from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
 from clplat.per_task.generators import Generator, Piece, Recurrent
 from clplat.per_task.net import label_of
 from clplat.per_task.regularizer import OutputRegularizer
 from clplat.per_task.strategy import GeneratedWeights
-from clplat.strategy import Composite
-from clplat.streams.experience import Experience
+from clplat.streams.experience import Experience, Stream
 from clplat.streams.loader import stable_seed
-from clplat.weights.named import NamedTensors
 
 
 class RecurrentHypernetwork(GeneratedWeights):
@@ -84,22 +81,16 @@ class RecurrentHypernetwork(GeneratedWeights):
         )
         self.hidden, self.embedding, self.embedding_std, self.chunk = hidden, embedding, embedding_std, chunk
         self.code, self.code_std, self.grow, self.seed = code, code_std, grow, seed
+        self.claims = frozenset({"net", *(["growth"] if grow else [])})
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Let the recurrent hypernetwork generate the weights of the learner's net."""
         if self.grow and learner.optimizer_state == "kept":
             raise ValueError(
                 f"recurrent_hypernetwork.grow: got {self.grow} with learner.optimizer_state=kept, and a kept state does "
                 "not fit what has grown: set optimizer_state=fresh, or grow=0."
             )
-        if self.grow and isinstance(learner.strategy, Composite):
-            for other, part in learner.strategy.named.items():
-                if any(isinstance(module, NamedTensors | Quadratic) for module in part.modules()):
-                    raise ValueError(
-                        f"recurrent_hypernetwork.grow: got {self.grow}, and {other} keeps a value for each weight, in the "
-                        f"shapes before growing: set grow=0, or drop {other}."
-                    )
-        super().wrap(learner)
+        super().setup(learner, stream)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """Grow; a new embedding; what the learned ones give now is the target."""

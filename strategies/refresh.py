@@ -13,7 +13,7 @@ from clplat.importance.per_example import SquaredGradients
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
 from clplat.weights.named import NamedTensors
 
@@ -53,6 +53,7 @@ class Refresh(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"weight_values"})
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class Refresh(Strategy):
         if (examples is not None and examples < 1) or batch_size < 1:
             raise ValueError(f"refresh: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
         check_kind(fisher, "class", "strategy.refresh.fisher")
-        self.rate, self.mode, self.unlearn_steps = rate, mode, unlearn_steps
+        self.unlearn_rate, self.mode, self.unlearn_steps = rate, mode, unlearn_steps
         self.noise, self.decay, self.damping = noise, decay, damping
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
         self.information = NamedTensors()
@@ -90,19 +91,19 @@ class Refresh(Strategy):
         self._generator = torch.Generator().manual_seed(stable_seed(seed, "refresh"))
         self._current: Batch | None = None
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse an estimate that does not exist for the learner's objective."""
         check_kind(self.fisher, learner.objective.kind, "strategy.refresh.fisher")
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch as it is; its current rows are what mode "reference" unlearns."""
-        if self.mode == "reference" and self.rate > 0:
+        if self.mode == "reference" and self.unlearn_rate > 0:
             self._current = batch if batch.source is None else batch.rows(batch.source == 0)
         return batch
 
     def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
         """Unlearn, then the step of everything inside."""
-        if self.rate > 0:
+        if self.unlearn_rate > 0:
             for _ in range(self.unlearn_steps):
                 if self.mode == "paper":
                     closure()
@@ -113,7 +114,7 @@ class Refresh(Strategy):
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """Add what is known now of the weights' importance; nothing at rate 0."""
-        if self.rate == 0:
+        if self.unlearn_rate == 0:
             return
         if self.mode == "paper":
             generator = torch.Generator().manual_seed(stable_seed(self.seed, "fisher", experience.index))
@@ -139,9 +140,9 @@ class Refresh(Strategy):
                 continue
             known = name in information
             curvature = information[name] + self.damping if known else torch.ones_like(weight)
-            weight.addcdiv_(weight.grad, curvature, value=self.rate)
+            weight.addcdiv_(weight.grad, curvature, value=self.unlearn_rate)
             if self.noise > 0:
-                scale = self.noise * math.sqrt(2 * self.rate)
+                scale = self.noise * math.sqrt(2 * self.unlearn_rate)
                 weight.addcdiv_(self._normal(weight), curvature.sqrt(), value=scale)
 
     @torch.no_grad()
@@ -160,7 +161,7 @@ class Refresh(Strategy):
         for name, weight, direction in pairs:
             if name in information:
                 direction = direction / (1 + 1e-3 * information[name])
-            weight.add_(direction, alpha=self.rate)
+            weight.add_(direction, alpha=self.unlearn_rate)
 
     def _normal(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self._generator, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -36,6 +36,7 @@ class RehearsalBudget(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"data"})
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
 
     def __init__(self, examples: int = 250, replacement: bool = True, seed: int = 0) -> None:
@@ -51,7 +52,7 @@ class RehearsalBudget(Strategy):
             return session
         past = [stream[j].train for j in range(index)]
         mixed = MixedData([session.data, *past], [None, *(self._drawn(j, len(p)) for j, p in enumerate(past))])
-        return replace(session, data=mixed, share=session.share * len(mixed) / len(session.data))
+        return replace(session, data=mixed, budget=session.budget * len(mixed) / len(session.data))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """It is a source from now on."""

@@ -51,6 +51,7 @@ class RehearsalEnvironment(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"data"})
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
 
     def __init__(
@@ -101,7 +102,7 @@ class RehearsalEnvironment(Strategy):
         old = sum(len(r) for r in rows)
         own = torch.randperm(new, generator=generator)[: new - old] if self.keep_steps else None
         mixed = MixedData([session.data, *past], [own, *rows])
-        return replace(session, data=mixed, share=session.share * len(mixed) / new)
+        return replace(session, data=mixed, budget=session.budget * len(mixed) / new)
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """From now on its training set is needed too."""

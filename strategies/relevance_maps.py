@@ -12,9 +12,9 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.per_task.masked import MaskedNet, TaskMasks
 from clplat.per_task.net import label_of
-from clplat.per_task.strategy import check_answer, check_company, log_values, planned_steps, surest
+from clplat.per_task.strategy import check_answer, surest
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class RelevanceMaps(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"net"})
 
     def __init__(
         self,
@@ -79,9 +80,8 @@ class RelevanceMaps(Strategy):
         self._done = 0  # steps on the experience
         self._due: frozenset[int] | None = None  # numbers of the steps after which weights are pruned
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Give the learner's net maps and masks."""
-        check_company("relevance_maps", learner)
         learner.net = MaskedNet(learner.net, self.tasks, self.sharpness)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
@@ -107,7 +107,7 @@ class RelevanceMaps(Strategy):
         net.restore()
         self._done += 1
         if self._due is None:
-            steps = planned_steps(learner) or 0
+            steps = learner.planned
             window = round(self.prune_share * steps)
             self._due = frozenset(steps - window + window * n // self.prunings for n in range(1, self.prunings + 1))
         if self.prune_share and self._done in self._due:
@@ -120,7 +120,7 @@ class RelevanceMaps(Strategy):
         net.finish()
         free = net.free_share()
         log.info("relevance_maps: %.1f %% of the weights are free after %s", 100 * free, experience.name)
-        log_values(learner, {"capacity/free": free})
+        learner.log({"capacity/free": free})
 
     def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
         """Without task labels: the answer of the task that is surest."""

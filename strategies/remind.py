@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from clplat.learners.nets.net import Block, Net, Output, State
 from clplat.rehearsal.buffer import Buffer
 from clplat.rehearsal.policies import Reservoir
 from clplat.rehearsal.product_quantizer import ProductQuantizer, QuantizerError
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.data import UnionData
 from clplat.streams.experience import Batch, Data, Experience, Stream, StreamError, concatenate
 from clplat.streams.loader import stable_seed
@@ -84,7 +84,6 @@ class Remind(Strategy):
 
     needs = frozenset({"boundaries"})
     not_carried = "its store holds the inside of a net that starts fresh"
-    edits_layers = True
 
     def __init__(
         self,
@@ -132,7 +131,8 @@ class Remind(Strategy):
         self.final, self.final_after, self.every = final, final_after, every
         self.base_experiences, self.base_passes, self.seed = base_experiences, base_passes, seed
         self.passes = 1.0 if rows == 0 else 2.0
-        self.replaces_objective = mixup > 0 and rows != 0
+        mixing = ["objective"] if mixup > 0 and rows != 0 else []
+        self.claims = frozenset({"codes", "data", "layers", *mixing})
         self.met: Counter[int] = Counter()
         """How many rows of each class the stream has shown so far, the base not counted."""
         self._base: Data | None = None
@@ -141,9 +141,8 @@ class Remind(Strategy):
         self._fresh: Batch | None = None
         self._share = 1.0
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Put a net in place that can be frozen and quantised at the cut; refuse what cannot be combined."""
-        _check_alone(self, learner)
         net, kind = learner.net, learner.objective.kind
         if type(net) is not Net:
             raise ValueError(
@@ -179,7 +178,7 @@ class Remind(Strategy):
             return Session(data, float(len(base) * self.base_passes), base[1:])
         if index < len(base):
             return Session(None, 0.0)
-        return session if session.data is None else replace(session, data=_Noting(session.data, self._note))
+        return session
 
     def enter(self, learner: Learner, experience: Experience) -> None:
         """Freeze what lies below the cut, once the quantiser is there."""
@@ -219,15 +218,14 @@ class Remind(Strategy):
             for batch in data.batches(order):
                 self._insert(_coded(net, batch.to(learner.device)), None)
         net.freeze()
-        learner.resume_optimizer = None  # what a kept optimiser knows is of weights that do not learn any more
+        learner.handover.forget()  # what a kept optimiser knows is of weights that do not learn any more
 
-    def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
-        """The factor of the classes in the batch that was just read, on top of the schedule's own."""
-        if self.final == 1 or not self.quantizer:
-            return factor
-        return lambda step: factor(step) * self.rate(self._classes)
+    def rate(self, step: int, steps: int, batch: Batch, factor: float) -> float:
+        """The factor of the classes in the batch, on top of the schedule's own."""
+        self._classes = batch.y if batch.y.ndim == 1 and not batch.y.is_floating_point() else None
+        return factor if self.final == 1 or not self.quantizer else factor * self.class_factor(self._classes)
 
-    def rate(self, classes: Tensor | None) -> float:
+    def class_factor(self, classes: Tensor | None) -> float:
         """The factor of the learning rate for rows of `classes` [B]: the mean of those of the single rows."""
         if classes is None or len(classes) == 0:
             return 1.0
@@ -289,9 +287,6 @@ class Remind(Strategy):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what `get_extra_state` gave."""
         self.met = Counter(state["met"])
-
-    def _note(self, batch: Batch) -> None:
-        self._classes = batch.y if batch.y.ndim == 1 and not batch.y.is_floating_point() else None
 
     def _insert(self, codes: Batch, classes: Tensor | None) -> None:
         if isinstance(self.store, LargestFirst):
@@ -415,44 +410,6 @@ class LargestFirst(Buffer):
         self.slots = {label: slots.tolist() for label, slots in state["slots"].items()}
 
 
-class _Noting:
-    """Data whose every batch is shown to `note` as it is read, while it is still on the CPU."""
-
-    def __init__(self, data: Data, note: Callable[[Batch], None]) -> None:
-        self.data, self.note = data, note
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batch(self, index: Tensor) -> Batch:
-        return self.data.batch(index)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        for batch in self.data.batches(indices):
-            self.note(batch)
-            yield batch
-
-    def targets(self) -> Tensor | None:
-        return self.data.targets()
-
-
-def _check_alone(own: Strategy, learner: Learner) -> None:
-    """Refuse partners that keep raw rows, or choose what is trained on."""
-    parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
-    for name, part in parts.items():
-        if part is own:
-            continue
-        if any(isinstance(module, Buffer) for module in part.modules()):
-            raise ValueError(
-                f"remind cannot be combined with {name!r}: it keeps raw rows, which cannot join rows of codes, and "
-                "REMIND has a store of its own: drop one."
-            )
-        if type(part).session is not Strategy.session:
-            raise ValueError(
-                f"remind cannot be combined with {name!r}: both choose what an experience is trained on: drop one."
-            )
-
-
 def _quantised(learner: Learner) -> Quantised:
     net = learner.net
     if not isinstance(net, Quantised):
@@ -484,7 +441,7 @@ def _mixed(learner: Learner, joined: Batch, hidden: Tensor, pairs: int, share: f
     if joined.task is not None:
         alone |= joined.task[first] != joined.task[second]
     if learner.logit_mask == "experience" and learner.objective.kind == "class":
-        alone |= ~learner.together[joined.y[first], joined.y[second]]
+        alone |= ~learner.same_experience[joined.y[first], joined.y[second]]
     second = torch.where(alone, first, second)
     one, two = joined.rows(first), joined.rows(second)
     if one.lengths is not None and two.lengths is not None:

@@ -75,7 +75,7 @@ class Replay(Strategy):
         self.rows, self.rows_per_class = rows, rows_per_class
         self.insert, self.joint, self.weighting = insert, forward == "joint", weighting
         off = self.buffer.capacity == 0
-        self.replaces_objective = not self.joint and not off
+        self.claims = frozenset({"raw_rows", *([] if self.joint or off else ["objective"])})
         self.passes = 1.0 if off else 2.0
         by_boundary = insert == "after" or weighting == "experiences"
         self.needs = frozenset(

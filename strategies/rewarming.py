@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from clplat.learners.learner import Learner
-from clplat.strategy import Session, Strategy
-from clplat.streams.experience import Experience, Stream
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience, Stream
 
 MODES = ("cosine", "infinite")
 SHAPES = ("cosine", "inverse_sqrt")
@@ -77,33 +76,23 @@ class Rewarming(Strategy):
         self.constant, self.anneal, self.shape, self.steepness = constant, anneal, shape, steepness
         self._before = 0  # optimiser steps before this experience
         self._first = 0  # optimiser steps of the first experience
-        self._place = (0, 1)  # of this experience, and the number of experiences
-        self._steps = 0  # optimiser steps of this experience
+        self._index, self._count = 0, 1  # of this experience, and the number of experiences
 
-    def wrap(self, learner: Learner) -> None:
-        """Be told how many steps an experience has, by standing before the learner's own schedule."""
-        own = learner.make_schedule
+    def setup(self, learner: Learner, stream: Stream) -> None:
+        self._count = len(stream)
 
-        def told(steps: int) -> Callable[[int], float]:
-            self._steps = steps
-            return (lambda step: 1.0) if own is None else own(steps)
-
-        learner.make_schedule = told
-
-    def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """The session as it is; note which of how many experiences it is."""
-        self._place = (index, len(stream))
-        return session
+    def enter(self, learner: Learner, experience: Experience) -> None:
+        self._index = experience.index
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """Note how many steps the run has taken."""
         self._before = learner.steps
 
-    def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
-        """The given factor times this one, for the steps of this experience."""
-        steps, (index, count) = self._steps, self._place
+    def rate(self, step: int, steps: int, batch: Batch, factor: float) -> float:
+        """The given factor times this one."""
         if self.mode == "cosine":
-            return lambda step: factor(step) * rewarmed(step, steps, self.warmup, self.final)
+            return factor * rewarmed(step, steps, self.warmup, self.final)
+        index, count = self._index, self._count
         if index == 0:
             self._first = steps
         start, before = None, self._before
@@ -119,7 +108,7 @@ class Rewarming(Strategy):
             "shape": self.shape,
             "steepness": self.steepness,
         }
-        return lambda step: factor(step) * infinite(before + step, **options)
+        return factor * infinite(before + step, **options)
 
     def get_extra_state(self) -> dict[str, int]:
         """Where the run stood when this experience began, and the first one's length."""

@@ -38,6 +38,7 @@ class RWalk(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"weight_values"})
 
     def __init__(self, strength: float, alpha: float = 0.9, interval: int = 10, eps: float = 1e-7) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class SelectiveInit(Strategy):
 
     library: Tensor | None
 
-    edits_layers = True
+    claims = frozenset({"layers"})
 
     def __init__(
         self, examples: int = 64, steps: int = 0, margin: float = 0.0, answer: str = "latest", seed: int = 0
@@ -142,7 +142,7 @@ class SelectiveInit(Strategy):
 
     def _probe(self, learner: Learner, batch: Batch, index: int) -> None:
         parameters = [p for p in learner.net.parameters() if p.requires_grad]
-        optimizer = learner.make_optimizer([{"params": parameters}])
+        optimizer = learner.handover.make([{"params": parameters}])
         modes = [(module, module.training) for module in learner.net.modules()]
         with torch.random.fork_rng(), torch.enable_grad():
             torch.manual_seed(stable_seed(self.seed, "probe", index))  # the same dropout for every candidate

@@ -38,6 +38,7 @@ class SI(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"weight_values"})
 
     def __init__(self, strength: float, damping: float = 0.1, clip_negative: bool = True) -> None:
         super().__init__()

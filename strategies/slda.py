@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
 
 FIRST = ("oas", "stream")
@@ -46,6 +46,7 @@ class SLDA(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"data"})
     not_carried = "its means are over features of each segment's fresh state"
     means: Tensor | None  # [C, H]
     counts: Tensor | None  # [C]
@@ -65,19 +66,13 @@ class SLDA(Strategy):
         for name in ("means", "counts", "scatter", "weight", "offset"):
             self.register_buffer(name, None)
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse targets that are not classes, and parts that train what is frozen."""
         if learner.objective.kind not in ("class", "tag"):
             raise ValueError(
                 f"slda: discriminant analysis tells classes apart, and the target is {learner.objective.kind!r}: "
                 "use a stream with target class or tag, or another strategy."
             )
-        parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
-        for name, part in parts.items():
-            if part is not self and type(part).session is not Strategy.session:
-                raise ValueError(
-                    f"slda cannot be combined with {name}: both choose what an experience trains. Drop one."
-                )
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """Experience 0 as it is, then nothing to train on."""

@@ -43,7 +43,7 @@ class TimeVectors(Strategy):
     """
 
     needs = frozenset({"boundaries"})
-    edits_layers = True
+    claims = frozenset({"layers"})
     base: Tensor | None
     past: Tensor | None
 

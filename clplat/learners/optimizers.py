@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """Optimiser whose answer is an average of its iterates, while it trains on from the last one."""
+
+    def observe(self, loss: Tensor, held_out: Callable[[], Tensor | None]) -> None:
+        """Take note of a step's loss; `held_out` computes the loss on held-out data, None where there are none."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are the average."""
+        ...
+
+    def finish(self) -> None:
+        """End a training: the weights become the average."""
+        ...
 
 
 class NTASGD(Optimizer):
@@ -26,8 +43,8 @@ class NTASGD(Optimizer):
     experience holds out (`Experience.valid`), in evaluation mode; where nothing is held out it is the mean of the
     training objective since the last check, dropout and all. A check waits for the device.
 
-    Who trains with it does four things, as `Learner` does: calls `observe` after each `step`, scores inside of
-    `averaged`, calls `finish` when training ends, and keeps `state_dict`, which holds all that a resumed run needs.
+    It is an `Averaging` optimiser: `observe` comes after each `step`, scores are taken inside of `averaged`, `finish`
+    ends a training. `state_dict` holds all that a resumed run needs.
 
     Args:
         params: parameters or groups.

@@ -1,20 +1,19 @@
-"""Learning-rate schedules: each makes, for an experience of `steps` optimiser steps, a factor for every step."""
+"""Schedules of the learning rate: a factor for every optimiser step of an experience."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from clplat.learners.learner import Schedule, unchanged
+from clplat import checks
+
+Schedule = Callable[[int], float]
+"""Factor of the learning rate at each optimiser step of an experience, from 0."""
 
 
 def constant(steps: int) -> Schedule:
-    """The factor 1 at every step.
-
-    Args:
-        steps: optimiser steps of the experience; makes no difference.
-    """
-    return unchanged
+    """Factor 1 at every one of `steps` steps."""
+    return lambda step: 1.0
 
 
 def warmup_cosine(steps: int, warmup: float = 0.0, final: float = 0.0) -> Schedule:
@@ -28,9 +27,7 @@ def warmup_cosine(steps: int, warmup: float = 0.0, final: float = 0.0) -> Schedu
     Raises:
         ValueError: a fraction outside 0..1.
     """
-    for name, value in (("warmup", warmup), ("final", final)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"schedule.{name}: got {value}, it must lie in 0..1.")
+    checks.within(0, 1, warmup=warmup, final=final)
     rising = round(steps * warmup)
 
     def factor(step: int) -> float:
@@ -54,7 +51,6 @@ def steps_down(steps: int, at: list[float], factor: float = 0.1) -> Schedule:
         ValueError: a fraction outside 0..1, or a factor that is not above 0.
     """
     if not isinstance(at, Iterable) or not all(0 <= a <= 1 for a in at):
-        raise ValueError(f"schedule.at: got {at}, it must be a list of fractions in 0..1.")
-    if not factor > 0:
-        raise ValueError(f"schedule.factor: got {factor}, it must be above 0.")
+        raise ValueError(f"at: got {at}, it must be a list of fractions in 0..1.")
+    checks.above(0, factor=factor)
     return lambda step: factor ** sum(step >= a * steps for a in at)

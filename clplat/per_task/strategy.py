@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,11 +12,9 @@ from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
 from clplat.per_task.generators import Generator, Piece
 from clplat.per_task.net import PerTaskNet, label_of, lowest_entropy
 from clplat.per_task.regularizer import OutputRegularizer
-from clplat.strategy import Composite, Strategy
-from clplat.streams.experience import Batch, Experience
-from clplat.streams.loader import ChunkLoader
+from clplat.strategy import Strategy
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.lookahead import check_known
-from clplat.weights.teacher import Teacher
 
 if TYPE_CHECKING:
     from clplat.learners.learner import Learner
@@ -34,6 +32,7 @@ class GeneratedWeights(Strategy):
     """
 
     needs = frozenset({"boundaries"})
+    claims = frozenset({"net"})
 
     def __init__(self, name: str, tasks: TaskEmbeddings, past: OutputRegularizer) -> None:
         super().__init__()
@@ -43,11 +42,10 @@ class GeneratedWeights(Strategy):
         """The hypernetwork for the tensors of a net."""
         raise TypeError(f"{type(self).__name__} does not define generator(pieces).")
 
-    def wrap(self, learner: Learner) -> None:
+    def setup(self, learner: Learner, stream: Stream) -> None:
         """Let the hypernetwork generate the weights of the learner's net."""
-        check_company(self.name, learner)
         if self.past.lookahead and (self.past.beta or self.past.beta_state):
-            check_known(f"{self.name}.lookahead", learner.make_optimizer)
+            check_known(f"{self.name}.lookahead", learner.handover.make)
         learner.net = net = GeneratedNet(learner.net, self.tasks, self.generator)
         size = sum(p.numel() for p in net.generator.parameters())
         log.info("%s: %d parameters generate %d weights", self.name, size, net.size)
@@ -77,39 +75,6 @@ class GeneratedWeights(Strategy):
         self.tasks.finish()
 
 
-def check_company(name: str, learner: Learner) -> None:
-    """Refuse, before the net is wrapped, what a strategy with weights a task cannot be combined with.
-
-    Args:
-        name: of the strategy that is about to wrap the net.
-        learner: with its list of strategies.
-
-    Raises:
-        ValueError: another strategy gave the net weights a task already, keeps a copy of the net as it was before
-            wrapping, trains on several tasks at a time, or edits layers.
-    """
-    if isinstance(learner.net, PerTaskNet):
-        raise ValueError(f"{name}: another strategy in the list already gives each task its own weights: drop one.")
-    parts = learner.strategy.named if isinstance(learner.strategy, Composite) else {}
-    names = list(parts)
-    for other, part in parts.items():
-        if type(part).session is not Strategy.session:
-            raise ValueError(
-                f"{name}: {other} changes what is trained in an experience, and each task must be learned alone, "
-                f"on its own data: drop {other}."
-            )
-        if part.edits_layers:
-            raise ValueError(
-                f"{name}: {other} works on the layers' own weights, which are not what the net of {name} runs "
-                f"with: drop {other}."
-            )
-        before = name in parts and names.index(other) < names.index(name)
-        if before and any(isinstance(module, Teacher) for module in part.modules()):
-            raise ValueError(
-                f"{name}: {other} has copied the net before {name} replaced it: put {name} first in the list."
-            )
-
-
 def check_answer(name: str, learner: Learner, experience: Experience) -> None:
     """Refuse a stream without task labels whose task could not be inferred.
 
@@ -129,19 +94,3 @@ def surest(learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
     if batch.task is not None or not isinstance(net, PerTaskNet) or len(net.tasks.known) < 2:
         return logits
     return lowest_entropy(net, batch, learner.objective.kind, learner.objective.scored(batch))[0]
-
-
-def planned_steps(learner: Learner) -> int | None:
-    """Optimiser steps planned for the experience in training; None outside of a run."""
-    loader = learner.trainer.train_dataloader
-    return loader.steps if isinstance(loader, ChunkLoader) else None
-
-
-def log_values(learner: Learner, values: Mapping[str, float]) -> None:
-    """Give values to the run's loggers, at the number of optimiser steps done; nothing where there are none."""
-    try:
-        loggers = learner.trainer.loggers
-    except RuntimeError:  # not attached to a trainer
-        return
-    for logger in loggers:
-        logger.log_metrics(dict(values), step=learner.steps)

@@ -76,7 +76,7 @@ def recoverability(
         parameter.grad = None
         parameter.requires_grad_(True)
     before = _score(net, learner.objective, experience.test, batch_size, learner.device)
-    made = (learner.make_optimizer if optimizer is None else optimizer)([{"params": list(net.parameters())}])
+    made = (learner.handover.make if optimizer is None else optimizer)([{"params": list(net.parameters())}])
     loader = ChunkLoader(experience.train if data is None else data, batch_size, steps, seed, experience.index)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(stable_seed(seed, "recoverability", experience.index))

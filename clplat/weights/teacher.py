@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Teacher(StateModule):
     """The net after an earlier experience, in evaluation mode and without gradients.
 
-    The copy is made once, in `Strategy.wrap`, so that checkpoints always find it; `learn` fills it. Until then it is
+    The copy is made once, in `Strategy.setup`, so that checkpoints always find it; `learn` fills it. Until then it is
     empty (False) and must not be asked.
 
     Args:
