@@ -15,8 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from clplat.composition import APART, CLAIMS, NEEDS, Composite, check_stream
 from clplat.state import StateModule
-from clplat.strategy import NEEDS, Composite, Session, Strategy, check_needs
+from clplat.strategy import FIRST_EDITION, Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream, StreamError
 
@@ -33,11 +34,11 @@ class Probe(Strategy):
         for key, value in attributes.items():
             setattr(self, key, value)
 
-    def wrap(self, learner: Any) -> None:
-        self.log.append(f"wrap {self.name}")
+    def setup(self, learner: Any, stream: Any) -> None:
+        self.log.append(f"setup {self.name}")
 
     def session(self, stream: Any, index: int, session: Session) -> Session:
-        return Session(session.data, session.share * 10 + float(self.name))
+        return Session(session.data, session.budget * 10 + float(self.name))
 
     def enter(self, learner: Any, experience: Any) -> None:
         self.log.append(f"enter {self.name}")
@@ -69,11 +70,18 @@ class Probe(Strategy):
     def predict(self, learner: Any, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
         return logits * 10 + float(self.name)
 
-    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [*groups, {"name": self.name}]
+    def before_step(self, learner: Any, batch: Batch) -> None:
+        self.log.append(f"before_step {self.name}")
 
-    def schedule(self, factor: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: factor(step) * 10 + float(self.name)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"name": self.name}]
+
+    def rate(self, step: int, steps: int, batch: Batch, factor: float) -> float:
+        assert (step, steps) == (5, 9)
+        return factor * 10 + float(self.name)
+
+    def report(self) -> dict[str, Tensor]:
+        return {"found": torch.tensor(float(self.name))}
 
     def objective(self, learner: Any, batch: Batch, output: Any) -> Tensor:
         return torch.tensor(float(self.name))
@@ -96,16 +104,21 @@ def test_folds_go_from_the_left(three: Composite) -> None:
     learner: Any = None
     assert three.batch(learner, BATCH).x[0, 0] == 123
     assert three.predict(learner, BATCH, torch.zeros(1), torch.zeros(1)) == 123
-    assert three.session(learner, 0, Session(None, 0.0)).share == 123
-    assert three.schedule(lambda step: 0.0)(5) == 123
-    assert three.parameter_groups([]) == [{"name": "1"}, {"name": "2"}, {"name": "3"}]
+    assert three.session(learner, 0, Session(None, 0.0)).budget == 123
+    assert three.rate(5, 9, BATCH, 0.0) == 123
 
 
-@pytest.mark.parametrize("hook", ["wrap", "enter", "before", "after", "gradients", "after_step"])
+def test_unions_keep_the_order(three: Composite) -> None:
+    assert three.parameter_groups() == [{"name": "1"}, {"name": "2"}, {"name": "3"}]
+    assert {k: float(v) for k, v in three.report().items()} == {"1.found": 1.0, "2.found": 2.0, "3.found": 3.0}
+
+
+@pytest.mark.parametrize("hook", ["setup", "enter", "before", "after", "before_step", "gradients", "after_step"])
 def test_changes_of_state_go_in_order(hook: str, three: Composite, log: list[str]) -> None:
     nothing: Any = None
     {
-        "wrap": lambda: three.wrap(nothing),
+        "setup": lambda: three.setup(nothing, nothing),
+        "before_step": lambda: three.before_step(nothing, BATCH),
         "enter": lambda: three.enter(nothing, nothing),
         "before": lambda: three.before_experience(nothing, nothing),
         "after": lambda: three.after_experience(nothing, nothing),
@@ -151,29 +164,83 @@ def test_loss_terms_are_united_by_name(three: Composite, log: list[str]) -> None
         same.loss(nothing, BATCH, nothing)
 
 
+def test_who_replaces_the_net_is_set_up_first(log: list[str]) -> None:
+    nothing: Any = None
+    parts = {"1": Probe("1", log), "2": Probe("2", log, claims=frozenset({"net"})), "3": Probe("3", log)}
+    Composite(parts).setup(nothing, nothing)
+    assert log == ["setup 2", "setup 1", "setup 3"]
+
+
 def test_one_strategy_may_replace_the_objective(log: list[str]) -> None:
     nothing: Any = None
-    one = Composite({"a": Probe("1", log), "b": Probe("2", log, replaces_objective=True)})
-    assert one.replaces_objective
+    one = Composite({"a": Probe("1", log), "b": Probe("2", log, claims=frozenset({"objective"}))})
     assert one.objective(nothing, BATCH, nothing) == 2
-    assert not Composite({"a": Probe("1", log)}).replaces_objective
-    with pytest.raises(ValueError, match="At most one strategy may replace the objective, got a and c"):
-        Composite({n: Probe("1", log, replaces_objective=n in "ac") for n in "abc"})
+
+    class Learner:
+        def objective(self, logits: Any, batch: Batch) -> Tensor:
+            return torch.tensor(7.0)
+
+    class Output:
+        logits = None
+
+    learner, output = Learner(), Output()
+    none = Composite({"a": Probe("1", log)})
+    assert none.objective(learner, BATCH, output) == 7  # type: ignore[arg-type]  # stand-ins with what is asked of them
 
 
-def test_costs_and_needs_add_up(log: list[str]) -> None:
-    both = Composite(
-        {
-            "a": Probe("1", log, passes=2.0, needs=frozenset({"classes"})),
-            "b": Probe("2", log, passes=3.0, needs=frozenset({"boundaries"})),
-        }
-    )
+@pytest.mark.parametrize(("one", "other"), [*APART, *((b, a) for a, b in APART if a != b)])
+def test_claims_that_exclude_one_another_are_refused(one: str, other: str, log: list[str]) -> None:
+    parts = {
+        "a": Probe("1", log, claims=frozenset({one})),
+        "free": Probe("2", log),
+        "c": Probe("3", log, claims=frozenset({other})),
+    }
+    with pytest.raises(ValueError, match=r"strategy: a and c cannot be used .* Drop one\.") as caught:
+        Composite(parts)
+    assert CLAIMS[one] in str(caught.value)
+    assert CLAIMS[other] in str(caught.value)
+    Composite({"a": parts["a"], "free": parts["free"]})
+
+
+def test_all_other_pairs_of_claims_go_together(log: list[str]) -> None:
+    apart = {frozenset(pair) for pair in APART}
+    for one in CLAIMS:
+        for other in CLAIMS:
+            if frozenset({one, other}) not in apart:
+                Composite(
+                    {"a": Probe("1", log, claims=frozenset({one})), "b": Probe("2", log, claims=frozenset({other}))}
+                )
+
+
+def test_claims_are_spelled_and_hooks_are_not_hidden(log: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"strategy\.a: claims 'datas', allowed are 'objective', 'data'"):
+        Composite({"a": Probe("1", log, claims=frozenset({"datas"}))})
+    with pytest.raises(ValueError, match=r"strategy\.a: its attribute 'rate' hides the hook of that name"):
+        Composite({"a": Probe("1", log, rate=0.1)})
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_EDITION))
+def test_a_hook_of_the_first_edition_is_refused_with_its_successor(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine\.{name} is (called|declared as) .* since clplat 0.2: rename it"):
+        type("Mine", (Strategy,), {name: lambda self, learner: None})
+
+
+def test_one_strategy_is_a_list_of_one() -> None:
+    class CenterLoss(Strategy):
+        pass
+
+    mine = CenterLoss()
+    one = Composite.of(mine)
+    assert one.named == {"center_loss": mine}
+    assert Composite.of(one) is one
+    assert Composite.of(None).named == {}
+
+
+def test_costs_add_up(log: list[str]) -> None:
+    both = Composite({"a": Probe("1", log, passes=2.0), "b": Probe("2", log, passes=3.0)})
     assert both.passes == 6.0
-    both.strategies[0].passes = 4.0
-    nothing: Any = None
-    both.enter(nothing, nothing)
+    both.strategies[0].passes = 4.0  # as GEM's, which grow with the experiences
     assert both.passes == 12.0
-    assert both.needs == {"classes", "boundaries"}
     assert both.stored_bytes() == 3
 
 
@@ -188,6 +255,8 @@ def test_the_base_class_changes_nothing() -> None:
     assert base.step(learner, lambda: learner, lambda closure: closure()) is nothing
     assert base.stored_bytes() == 0
     assert base.passes == 1.0
+    assert base.rate(0, 1, BATCH, 0.25) == 0.25
+    assert base.parameter_groups() == []
 
 
 def a_stream(scenario: str = "class_incremental", target: str = "class") -> Stream:
@@ -207,11 +276,9 @@ def a_stream(scenario: str = "class_incremental", target: str = "class") -> Stre
 def test_what_a_stream_lacks_is_refused(need: str, scenario: str, target: str, log: list[str]) -> None:
     probe = Probe("1", log, needs=frozenset({need}))
     with pytest.raises(StreamError, match=f"'mine' needs .*stream 's' is {scenario}"):
-        check_needs(Composite({"mine": probe}), a_stream(scenario, target))
-    with pytest.raises(StreamError, match="'Probe' needs"):
-        check_needs(probe, a_stream(scenario, target))
-    check_needs(Strategy(), a_stream(scenario, target))
-    check_needs(probe, a_stream("task_incremental", "class"))
+        check_stream(Composite({"mine": probe}), a_stream(scenario, target))
+    check_stream(Composite({}), a_stream(scenario, target))
+    check_stream(Composite({"mine": probe}), a_stream("task_incremental", "class"))
     assert need in NEEDS
 
 
