@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.importance.fisher import untouched
 from clplat.importance.penalty import Quadratic
 from clplat.importance.per_example import AbsoluteGradients
@@ -32,9 +33,6 @@ class MAS(Strategy):
         examples: of each experience, null: all.
         batch_size: examples a pass; no effect on the result.
         seed: of the choice of these examples.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -44,12 +42,9 @@ class MAS(Strategy):
         self, strength: float, decay: float = 1.0, examples: int | None = 500, batch_size: int = 128, seed: int = 0
     ) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"mas.strength: got {strength}, it must be at least 0 (0 is finetuning).")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"mas.decay: got {decay}, it must lie in 0..1.")
-        if (examples is not None and examples < 1) or batch_size < 1:
-            raise ValueError(f"mas: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
+        checks.at_least(0, "0 is finetuning", strength=strength)
+        checks.within(0, 1, decay=decay)
+        checks.at_least(1, examples=examples, batch_size=batch_size)
         self.strength, self.decay, self.examples = strength, decay, examples
         self.batch_size, self.seed = batch_size, seed
         self.past = Quadratic()
@@ -59,11 +54,9 @@ class MAS(Strategy):
         self.past.fit(learner.weights())
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The penalty, once there is a past."""
         return {"mas": self.past.penalty(learner.weights(), 2 * self.strength)} if self.past else {}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Add the sensitivity of the outputs to each weight; nothing at strength 0."""
         if self.strength == 0:
             return
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "mas", experience.index))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.policies import Reservoir
 from clplat.strategy import Strategy
@@ -27,9 +28,6 @@ class MIR(Strategy):
         candidates: rows drawn to choose from.
         lr: of the virtual step, null: the optimiser's.
         seed: of the buffer's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     claims = frozenset({"raw_rows"})
@@ -43,24 +41,23 @@ class MIR(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if candidates < 1 or (rows is not None and rows < 1):
-            raise ValueError(f"mir: got rows={rows}, candidates={candidates}; both must be at least 1.")
-        if lr is not None and not lr > 0:
-            raise ValueError(f"mir.lr: got {lr}, it must be above 0, or null for the optimiser's.")
+        checks.at_least(1, rows=rows, candidates=candidates)
+        checks.above(0, "null for the optimiser's", lr=lr)
         self.buffer = Reservoir(capacity, seed)
         self.rows, self.candidates, self.lr = rows, candidates, lr
+        self._current: Batch | None = None  # rows of the step's batch that are not replayed
         self.passes = 1.0 if capacity == 0 else 4.0  # two rows a step, one virtual step, two looks at candidates
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch and, behind it, the rows that it would harm most."""
-        if not self.buffer.capacity:
-            return batch
-        chosen = self._choose(learner, batch) if len(self.buffer) else None
-        self.buffer.insert(batch if batch.source is None else batch.rows(batch.source == 0))
-        return batch if chosen is None else concatenate([batch, chosen])
+        self._current = batch if batch.source is None else batch.rows(batch.source == 0)
+        return concatenate([batch, self._choose(learner, batch)]) if len(self.buffer) else batch
+
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        if self._current is not None:
+            self.buffer.insert(self._current)
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples held."""
         return self.buffer.stored_bytes()
 
     def _choose(self, learner: Learner, batch: Batch) -> Batch:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from clplat import checks
 from clplat.importance.fisher import untouched
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
@@ -40,9 +41,6 @@ class OGD(Strategy):
             Q too, and what strategies after this one in the list do in a step; "gradient" projects the gradient as the
             paper does, which is the same for plain SGD only.
         seed: of the choice of examples and steps.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -52,14 +50,10 @@ class OGD(Strategy):
         self, examples: int = 200, capacity: int = 1000, of: str = "true", apply_to: str = "update", seed: int = 0
     ) -> None:
         super().__init__()
-        if examples < 1:
-            raise ValueError(f"ogd.examples: got {examples}, it must be at least 1 (capacity 0 is finetuning).")
-        if capacity < 0:
-            raise ValueError(f"ogd.capacity: got {capacity}, it must be at least 0 (0 is finetuning).")
-        if of not in OF:
-            raise ValueError(f"ogd.of: got {of!r}, allowed are {', '.join(map(repr, OF))}.")
-        if apply_to not in ("update", "gradient"):
-            raise ValueError(f"ogd.apply_to: got {apply_to!r}, allowed are 'update' and 'gradient'.")
+        checks.at_least(1, "capacity 0 is finetuning", examples=examples)
+        checks.at_least(0, "0 is finetuning", capacity=capacity)
+        checks.one_of("of", of, OF)
+        checks.one_of("apply_to", apply_to, ("update", "gradient"))
         self.examples, self.capacity, self.of, self.apply_to, self.seed = examples, capacity, of, apply_to, seed
         self.register_buffer("basis", None)
 
@@ -67,7 +61,7 @@ class OGD(Strategy):
         """Refuse the true logit where there is none."""
         kind = learner.objective.kind
         if self.of == "true" and kind in ("bits", "value"):
-            raise ValueError(f"ogd.of: got 'true', which target {kind!r} has no true class for: use 'mean' or 'all'.")
+            raise ValueError(f"of: got 'true', which target {kind!r} has no true class for: use 'mean' or 'all'.")
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
         """Project the gradients."""

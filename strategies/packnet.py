@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.per_task.masked import MaskedNet, TaskMasks
@@ -36,9 +37,6 @@ class PackNet(Strategy):
         prune: the share of free weights that is set free again, in 0..1 (paper: 0.5 to 0.75).
         prune_at: when, as a share of the experience's steps, above 0; 1: at its end, without retraining.
         vectors: "frozen" after the first task, or "own" for each.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries", "task_labels"})
@@ -46,19 +44,15 @@ class PackNet(Strategy):
 
     def __init__(self, prune: float = 0.75, prune_at: float = 0.5, vectors: str = "frozen") -> None:
         super().__init__()
-        if not 0 <= prune <= 1:
-            raise ValueError(f"packnet.prune: got {prune}, it must lie in 0..1.")
-        if not 0 < prune_at <= 1:
-            raise ValueError(f"packnet.prune_at: got {prune_at}, it must be above 0 and at most 1.")
-        if vectors not in ("frozen", "own"):
-            raise ValueError(f"packnet.vectors: got {vectors!r}, allowed are 'frozen' and 'own'.")
+        checks.within(0, 1, prune=prune, prune_at=prune_at)
+        checks.above(0, prune_at=prune_at)
+        checks.one_of("vectors", vectors, ("frozen", "own"))
         self.prune, self.prune_at, self.vectors = prune, prune_at, vectors
         self.tasks = TaskMasks()
         self._done, self._pruned = 0, False
         self._due: int | None = None
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Give the learner's net masks."""
         learner.net = MaskedNet(learner.net, self.tasks)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
@@ -98,11 +92,9 @@ class PackNet(Strategy):
         learner.log({"capacity/free": free})
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Steps done on the experience, and whether its weights were pruned."""
         return {"done": self._done, "pruned": self._pruned}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._done, self._pruned = state["done"], state["pruned"]
 
     def _hold(self, net: MaskedNet) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
 from clplat.per_task.generators import Generator, Piece, Recurrent
@@ -43,9 +44,6 @@ class RecurrentHypernetwork(GeneratedWeights):
         subset: learned tasks regularised a step, drawn anew each step; null: all.
         targets: "weights" keeps Theta*, "outputs" the generated weights (and states) of learned tasks.
         seed: of initial values, of new units and of the subsets.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     def __init__(
@@ -64,14 +62,9 @@ class RecurrentHypernetwork(GeneratedWeights):
         targets: str = "weights",
         seed: int = 0,
     ) -> None:
-        for option, size in (("hidden", hidden), ("embedding", embedding), ("chunk", chunk), ("code", code)):
-            if size < 1:
-                raise ValueError(f"recurrent_hypernetwork.{option}: got {size}, it must be at least 1.")
-        for option, size in (("embedding_std", embedding_std), ("code_std", code_std)):
-            if not size > 0:
-                raise ValueError(f"recurrent_hypernetwork.{option}: got {size}, it must be above 0.")
-        if grow < 0:
-            raise ValueError(f"recurrent_hypernetwork.grow: got {grow}, it must be at least 0 (0: it does not grow).")
+        checks.at_least(1, hidden=hidden, embedding=embedding, chunk=chunk, code=code)
+        checks.above(0, embedding_std=embedding_std, code_std=code_std)
+        checks.at_least(0, "0: it does not grow", grow=grow)
         super().__init__(
             "recurrent_hypernetwork",
             TaskEmbeddings(embedding, embedding_std, seed),
@@ -84,10 +77,9 @@ class RecurrentHypernetwork(GeneratedWeights):
         self.claims = frozenset({"net", *(["growth"] if grow else [])})
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Let the recurrent hypernetwork generate the weights of the learner's net."""
         if self.grow and learner.optimizer_state == "kept":
             raise ValueError(
-                f"recurrent_hypernetwork.grow: got {self.grow} with learner.optimizer_state=kept, and a kept state does "
+                f"grow: got {self.grow} with learner.optimizer_state=kept, and a kept state does "
                 "not fit what has grown: set optimizer_state=fresh, or grow=0."
             )
         super().setup(learner, stream)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, _foreach_add_, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
 
+from clplat import checks
 from clplat.importance.fisher import check_kind, fisher, untouched
 from clplat.importance.per_example import SquaredGradients
 from clplat.learners.learner import Learner
@@ -47,9 +48,6 @@ class Refresh(Strategy):
         examples: F is a mean over this many of each experience, null: all.
         batch_size: examples a pass of the Fisher; no effect on the result.
         seed: of the noise and of the choice of these examples.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -69,19 +67,14 @@ class Refresh(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if mode not in ("paper", "reference"):
-            raise ValueError(f"refresh.mode: got {mode!r}, allowed are 'paper' and 'reference'.")
-        if rate < 0 or noise < 0 or not damping > 0 or not 0 <= decay <= 1:
-            raise ValueError(
-                f"refresh: got rate={rate}, noise={noise}, damping={damping}, decay={decay}; rate and noise must be "
-                "at least 0, damping above 0, decay in 0..1."
-            )
-        if unlearn_steps < 1 or (mode == "reference" and unlearn_steps != 1):
-            raise ValueError(
-                f"refresh.unlearn_steps: got {unlearn_steps}, it must be at least 1, and 1 in mode 'reference'."
-            )
-        if (examples is not None and examples < 1) or batch_size < 1:
-            raise ValueError(f"refresh: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
+        checks.one_of("mode", mode, ("paper", "reference"))
+        checks.at_least(0, "0 is the base strategy", rate=rate)
+        checks.at_least(0, "0 is no noise", noise=noise)
+        checks.above(0, damping=damping)
+        checks.within(0, 1, decay=decay)
+        checks.at_least(1, unlearn_steps=unlearn_steps, examples=examples, batch_size=batch_size)
+        if mode == "reference" and unlearn_steps != 1:
+            raise ValueError(f"unlearn_steps: got {unlearn_steps}, mode 'reference' takes one: set it to 1.")
         check_kind(fisher, "class", "strategy.refresh.fisher")
         self.unlearn_rate, self.mode, self.unlearn_steps = rate, mode, unlearn_steps
         self.noise, self.decay, self.damping = noise, decay, damping
@@ -95,11 +88,9 @@ class Refresh(Strategy):
         """Refuse an estimate that does not exist for the learner's objective."""
         check_kind(self.fisher, learner.objective.kind, "strategy.refresh.fisher")
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch as it is; its current rows are what mode "reference" unlearns."""
+    def before_step(self, learner: Learner, batch: Batch) -> None:
         if self.mode == "reference" and self.unlearn_rate > 0:
             self._current = batch if batch.source is None else batch.rows(batch.source == 0)
-        return batch
 
     def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
         """Unlearn, then the step of everything inside."""
@@ -125,11 +116,9 @@ class Refresh(Strategy):
         self.information.keep({n: f + self.decay * old[n] if n in old else f for n, f in new.items()})
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The noise's state."""
         return {"generator": self._generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take what `get_extra_state` gave."""
         self._generator.set_state(state["generator"].cpu())
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Experience, Stream
@@ -41,8 +42,7 @@ class RehearsalBudget(Strategy):
 
     def __init__(self, examples: int = 250, replacement: bool = True, seed: int = 0) -> None:
         super().__init__()
-        if examples < 0:
-            raise ValueError(f"rehearsal_budget.examples: got {examples}, it must be at least 0 (0 is finetuning).")
+        checks.at_least(0, "0 is finetuning", examples=examples)
         self.examples, self.replacement, self.seed = examples, replacement, seed
         self._bytes = 0  # of the examples drawn from the sources met so far
 
@@ -63,11 +63,9 @@ class RehearsalBudget(Strategy):
         return self._bytes
 
     def get_extra_state(self) -> dict[str, Any]:
-        """These bytes."""
         return {"bytes": self._bytes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._bytes = state["bytes"]
 
     def _drawn(self, source: int, size: int) -> Tensor:

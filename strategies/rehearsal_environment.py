@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Experience, Stream
@@ -45,9 +46,6 @@ class RehearsalEnvironment(Strategy):
             place of as many current ones, drawn at random, so that it costs as much as in finetuning.
         min_examples: a warning where fewer examples of an old experience come back.
         seed: of the choice of examples.
-
-    Raises:
-        ValueError: an option that is not allowed, or options not together.
     """
 
     needs = frozenset({"boundaries"})
@@ -69,11 +67,10 @@ class RehearsalEnvironment(Strategy):
         environment([1], schedule, fraction, exponent, scale, offset)
         if keep_steps and (fraction is None or fraction >= 1):
             raise ValueError(
-                f"rehearsal_environment.keep_steps: got true with fraction {fraction}, which leaves no current example "
+                f"keep_steps: got true with fraction {fraction}, which leaves no current example "
                 "for sure: set fraction below 1, or keep_steps to false."
             )
-        if min_examples < 0:
-            raise ValueError(f"rehearsal_environment.min_examples: got {min_examples}, it must be at least 0.")
+        checks.at_least(0, min_examples=min_examples)
         self.schedule_name, self.fraction, self.exponent, self.scale = schedule, fraction, exponent, scale
         self.offset, self.keep_steps, self.min_examples, self.seed = offset, keep_steps, min_examples, seed
         self._bytes = 0  # of the training sets met so far
@@ -114,11 +111,9 @@ class RehearsalEnvironment(Strategy):
         return self._bytes
 
     def get_extra_state(self) -> dict[str, Any]:
-        """These bytes."""
         return {"bytes": self._bytes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._bytes = state["bytes"]
 
 
@@ -149,26 +144,18 @@ def environment(
         exponent: a > 2, or b >= 0.
         scale: above 0.
         offset: above 0.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
-    if schedule not in SCHEDULES:
-        allowed = ", ".join(map(repr, SCHEDULES))
-        raise ValueError(f"rehearsal_environment.schedule: got {schedule!r}, allowed are {allowed}.")
+    checks.one_of("schedule", schedule, SCHEDULES)
     if fraction is None and schedule != "kernel":
         raise ValueError(
-            f"rehearsal_environment.fraction: got null with schedule {schedule!r}, only 'kernel' goes without a budget: "
+            f"fraction: got null with schedule {schedule!r}, only 'kernel' goes without a budget: "
             "set a fraction of the experience's examples."
         )
-    if fraction is not None and not fraction >= 0:
-        raise ValueError(f"rehearsal_environment.fraction: got {fraction}, it must be at least 0 (0 is finetuning).")
+    checks.at_least(0, "0 is finetuning", fraction=fraction)
     if (schedule == "powerlaw" and not exponent > 2) or (schedule == "kernel" and not exponent >= 0):
         least = "above 2 for 'powerlaw'" if schedule == "powerlaw" else "at least 0 for 'kernel'"
-        raise ValueError(f"rehearsal_environment.exponent: got {exponent}, it must be {least}.")
-    for name, value in (("scale", scale), ("offset", offset)):
-        if not value > 0:
-            raise ValueError(f"rehearsal_environment.{name}: got {value}, it must be above 0.")
+        raise ValueError(f"exponent: got {exponent}, it must be {least}.")
+    checks.above(0, scale=scale, offset=offset)
     counts = torch.diag(torch.tensor(new, dtype=torch.int64))
     for i in range(1, len(new)):
         budget = None if fraction is None else math.floor(new[i] * fraction)

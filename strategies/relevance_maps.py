@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.per_task.masked import MaskedNet, TaskMasks
@@ -46,9 +47,6 @@ class RelevanceMaps(Strategy):
         prune_share: the last share of an experience's steps in which weights are pruned, in 0..1; 0: at its end only.
         prunings: how often in these steps, evenly spaced, the last time at the end.
         seed: of the initial maps.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -64,16 +62,11 @@ class RelevanceMaps(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not sharpness > 0:
-            raise ValueError(f"relevance_maps.sharpness: got {sharpness}, it must be above 0.")
-        if not 0 < relevance < 1:
-            raise ValueError(f"relevance_maps.relevance: got {relevance}, it must lie between 0 and 1.")
-        if magnitude < 0 or prunings < 1:
-            raise ValueError(
-                f"relevance_maps: got magnitude={magnitude}, prunings={prunings}; they must be at least 0 and 1."
-            )
-        if not 0 <= prune_share <= 1:
-            raise ValueError(f"relevance_maps.prune_share: got {prune_share}, it must lie in 0..1.")
+        checks.above(0, sharpness=sharpness, relevance=relevance)
+        checks.within(0, 1, below=True, relevance=relevance)
+        checks.at_least(0, magnitude=magnitude)
+        checks.at_least(1, prunings=prunings)
+        checks.within(0, 1, prune_share=prune_share)
         self.sharpness, self.relevance, self.magnitude = sharpness, relevance, magnitude
         self.prune_share, self.prunings, self.seed = prune_share, prunings, seed
         self.tasks = TaskMasks()
@@ -81,7 +74,6 @@ class RelevanceMaps(Strategy):
         self._due: frozenset[int] | None = None  # numbers of the steps after which weights are pruned
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Give the learner's net maps and masks."""
         learner.net = MaskedNet(learner.net, self.tasks, self.sharpness)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
@@ -127,11 +119,9 @@ class RelevanceMaps(Strategy):
         return surest(learner, batch, logits)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Steps done on the experience."""
         return {"done": self._done}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._done = state["done"]
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.buffer import Buffer
@@ -39,9 +40,6 @@ class Replay(Strategy):
             replayed ones in experience t = 1, 2, ...; van de Ven & Tolias 2019). The latter replays nothing in the
             first experience, where it would count 0.
         seed: of the buffer's random numbers.
-
-    Raises:
-        ValueError: options that are not allowed, or not together.
     """
 
     def __init__(
@@ -57,21 +55,17 @@ class Replay(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _allowed("insert", insert, ("during", "after"))
-        _allowed("forward", forward, ("joint", "separate"))
-        _allowed("weighting", weighting, ("rows", "experiences"))
-        for name, value in (("rows", rows), ("rows_per_class", rows_per_class)):
-            if value is not None and value < 1:
-                raise ValueError(f"replay.{name}: got {value}, it must be at least 1 (capacity 0 replays nothing).")
+        checks.one_of("insert", insert, ("during", "after"))
+        checks.one_of("forward", forward, ("joint", "separate"))
+        checks.one_of("weighting", weighting, ("rows", "experiences"))
+        checks.at_least(1, "capacity 0 replays nothing", rows=rows, rows_per_class=rows_per_class)
         if rows is not None and rows_per_class is not None:
-            raise ValueError("replay: got rows and rows_per_class, only one can be: set the other one to null.")
+            raise ValueError("rows: got rows and rows_per_class, only one can be: set the other one to null.")
         if policy == "herding" and insert != "after":
-            raise ValueError(
-                f"replay.insert: got {insert!r}, policy 'herding' needs the whole experience: use 'after'."
-            )
+            raise ValueError(f"insert: got {insert!r}, policy 'herding' needs the whole experience: use 'after'.")
         self.buffer = _buffer(policy, capacity, capacity_per_class, seed)
         if rows_per_class is not None and not isinstance(self.buffer, Grouped):
-            raise ValueError(f"replay.rows_per_class: policy {policy!r} knows no classes, use class_balanced or ring.")
+            raise ValueError(f"rows_per_class: policy {policy!r} knows no classes, use class_balanced or ring.")
         self.rows, self.rows_per_class = rows, rows_per_class
         self.insert, self.joint, self.weighting = insert, forward == "joint", weighting
         off = self.buffer.capacity == 0
@@ -82,17 +76,17 @@ class Replay(Strategy):
             [*(["classes"] if isinstance(self.buffer, Grouped) else []), *(["boundaries"] if by_boundary else [])]
         )
         self._number = 0  # of the experience, from 1
+        self._current: Batch | None = None  # rows of the step's batch that are to be inserted
         self._replayed: Batch | None = None  # of the current step, with separate passes
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """Note its number."""
         self._number = experience.index + 1
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch and, behind it, the replayed rows; with separate passes the batch alone."""
         replayed = self._draw(batch)
         if self.insert == "during" and self.buffer.capacity:
-            self.buffer.insert(batch if batch.source is None else batch.rows(batch.source == 0))
+            self._current = batch if batch.source is None else batch.rows(batch.source == 0)
         self._replayed = None if self.joint else replayed
         if replayed is None or not self.joint:
             return batch
@@ -104,6 +98,10 @@ class Replay(Strategy):
         share = torch.full((len(joined),), current, dtype=dtype, device=batch.x.device)
         share[len(batch) :] = past
         return replace(joined, weight=share if joined.weight is None else share * joined.weight)
+
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        if self._current is not None:
+            self.buffer.insert(self._current)
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
         """With separate passes: the mean of the two objectives, by rows or by experiences."""
@@ -127,15 +125,12 @@ class Replay(Strategy):
                 self.buffer.insert(batch.to(learner.device))
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples held."""
         return self.buffer.stored_bytes()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of the experience."""
         return {"number": self._number}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._number = state["number"]
 
     def _draw(self, batch: Batch) -> Batch | None:
@@ -154,21 +149,14 @@ class Replay(Strategy):
         return now * whole / rows, (1 - now) * whole / replayed
 
 
-def _allowed(name: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise ValueError(f"replay.{name}: got {given!r}, allowed are {' and '.join(map(repr, allowed))}.")
-
-
 def _buffer(policy: str, capacity: int | None, capacity_per_class: int | None, seed: int) -> Buffer:
     if policy == "reservoir":
         if capacity is None or capacity_per_class is not None:
             raise ValueError(
-                f"replay: policy 'reservoir' needs capacity and knows no classes, got capacity={capacity}, "
+                f"capacity: policy 'reservoir' needs capacity and knows no classes, got capacity={capacity}, "
                 f"capacity_per_class={capacity_per_class}: set capacity, or use policy class_balanced or ring."
             )
         return Reservoir(capacity, seed)
     kinds = {"class_balanced": ClassBalanced, "ring": Ring, "herding": Ranked}
-    if policy not in kinds:
-        allowed = ", ".join(map(repr, ["reservoir", *kinds]))
-        raise ValueError(f"replay.policy: got {policy!r}, allowed are {allowed}.")
+    checks.one_of("policy", policy, ("reservoir", *kinds))
     return kinds[policy](capacity, capacity_per_class, "class", seed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience, Stream
@@ -39,9 +40,6 @@ class Rewarming(Strategy):
         anneal: infinite: fraction of the last experience's steps, in 0..1; 0: never, the run may be gone on with.
         shape: of the cooldown, "cosine" or "inverse_sqrt".
         steepness: a of inverse_sqrt, above 0.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     def __init__(
@@ -56,22 +54,17 @@ class Rewarming(Strategy):
         steepness: float = 10.0,
     ) -> None:
         super().__init__()
-        for name, given, allowed in (("mode", mode, MODES), ("shape", shape, SHAPES)):
-            if given not in allowed:
-                raise ValueError(f"rewarming.{name}: got {given!r}, allowed are {' and '.join(map(repr, allowed))}.")
-        fractions = {"warmup": warmup, "final": final, "cooldown": cooldown, "constant": constant, "anneal": anneal}
-        for name, value in fractions.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"rewarming.{name}: got {value}, it must lie in 0..1.")
+        checks.one_of("mode", mode, MODES)
+        checks.one_of("shape", shape, SHAPES)
+        checks.within(0, 1, warmup=warmup, final=final, cooldown=cooldown, constant=constant, anneal=anneal)
         if mode == "infinite" and not (final > 0 and constant > 0):
             raise ValueError(
-                f"rewarming: got final={final} and constant={constant} with mode 'infinite', whose annealing is a ratio "
+                f"final: got final={final} and constant={constant} with mode 'infinite', whose annealing is a ratio "
                 "of the two: both must be above 0."
             )
         if warmup + cooldown > 1:
-            raise ValueError(f"rewarming.cooldown: got {cooldown} after a warm-up of {warmup}, together at most 1.")
-        if not steepness > 0:
-            raise ValueError(f"rewarming.steepness: got {steepness}, it must be above 0.")
+            raise ValueError(f"cooldown: got {cooldown} after a warm-up of {warmup}, together at most 1.")
+        checks.above(0, steepness=steepness)
         self.mode, self.warmup, self.final, self.cooldown = mode, warmup, final, cooldown
         self.constant, self.anneal, self.shape, self.steepness = constant, anneal, shape, steepness
         self._before = 0  # optimiser steps before this experience
@@ -85,11 +78,9 @@ class Rewarming(Strategy):
         self._index = experience.index
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """Note how many steps the run has taken."""
         self._before = learner.steps
 
     def rate(self, step: int, steps: int, batch: Batch, factor: float) -> float:
-        """The given factor times this one."""
         if self.mode == "cosine":
             return factor * rewarmed(step, steps, self.warmup, self.final)
         index, count = self._index, self._count
@@ -111,11 +102,9 @@ class Rewarming(Strategy):
         return factor * infinite(before + step, **options)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Where the run stood when this experience began, and the first one's length."""
         return {"before": self._before, "first": self._first}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._before, self._first = state["before"], state["first"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, _foreach_addcmul_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
 
+from clplat import checks
 from clplat.importance.path_integral import Before, after_step, before_step
 from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
@@ -32,9 +33,6 @@ class RWalk(Strategy):
         alpha: weight of the newest squared gradient, in 0..1.
         interval: steps between two updates of s, at least 1.
         eps: what keeps the score finite where a weight hardly moved. The paper does not give it.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -42,12 +40,10 @@ class RWalk(Strategy):
 
     def __init__(self, strength: float, alpha: float = 0.9, interval: int = 10, eps: float = 1e-7) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"rwalk.strength: got {strength}, it must be at least 0 (0 is finetuning).")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"rwalk.alpha: got {alpha}, it must lie in 0..1.")
-        if interval < 1 or not eps > 0:
-            raise ValueError(f"rwalk: got interval={interval}, eps={eps}; interval must be at least 1, eps above 0.")
+        checks.at_least(0, "0 is finetuning", strength=strength)
+        checks.within(0, 1, alpha=alpha)
+        checks.at_least(1, interval=interval)
+        checks.above(0, eps=eps)
         self.strength, self.alpha, self.interval, self.eps = strength, alpha, interval, eps
         self.past = Quadratic()
         self.fisher, self.score, self.old_score = NamedTensors(), NamedTensors(), NamedTensors()
@@ -69,7 +65,6 @@ class RWalk(Strategy):
         self.steps = 0
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The penalty, once there is a past."""
         return {"rwalk": self.past.penalty(learner.weights(), 2 * self.strength)} if self.past else {}
 
     @torch.no_grad()
@@ -118,9 +113,7 @@ class RWalk(Strategy):
         self.past.renew(new, weights, decay=0.0)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Steps of the experience."""
         return {"steps": self.steps}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take what `get_extra_state` gave."""
         self.steps = state["steps"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
@@ -42,9 +43,6 @@ class SelectiveInit(Strategy):
         margin: in the objective's units, at least 0.
         answer: "latest" (the net as it is) or "task" (needs task labels).
         seed: of the choice of examples, and of dropout in the probe.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     library: Tensor | None
@@ -55,14 +53,9 @@ class SelectiveInit(Strategy):
         self, examples: int = 64, steps: int = 0, margin: float = 0.0, answer: str = "latest", seed: int = 0
     ) -> None:
         super().__init__()
-        if examples < 1 or steps < 0:
-            raise ValueError(
-                f"selective_init: got examples={examples}, steps={steps}; examples must be at least 1, steps at least 0."
-            )
-        if not margin >= 0:
-            raise ValueError(f"selective_init.margin: got {margin}, it must be at least 0.")
-        if answer not in ANSWERS:
-            raise ValueError(f"selective_init.answer: got {answer!r}, allowed are {' and '.join(map(repr, ANSWERS))}.")
+        checks.at_least(1, examples=examples)
+        checks.at_least(0, steps=steps, margin=margin)
+        checks.one_of("answer", answer, ANSWERS)
         self.needs = frozenset({"boundaries", *(["task_labels"] if answer == "task" else [])})
         self.examples, self.steps, self.margin, self.answer, self.seed = examples, steps, margin, answer, seed
         self.passes = 1.0  # the probe is not part of a step
@@ -86,7 +79,6 @@ class SelectiveInit(Strategy):
         self.losses.append(found)
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Keep the weights."""
         assert self.library is not None
         self.library = torch.cat([self.library, flatten(learner.net)[None]])
         self._tasks.append(-1 if experience.task_label is None else experience.task_label)
@@ -112,11 +104,9 @@ class SelectiveInit(Strategy):
         return {"chosen": torch.tensor(self.chosen, dtype=torch.int64), "losses": losses}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Choices, losses and task labels."""
         return {"chosen": list(self.chosen), "losses": [list(x) for x in self.losses], "tasks": list(self._tasks)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self.chosen, self._tasks = list(state["chosen"]), list(state["tasks"])
         self.losses = [list(x) for x in state["losses"]]
 

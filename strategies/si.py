@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.importance.path_integral import Before, after_step, before_step
 from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
@@ -32,9 +33,6 @@ class SI(Strategy):
         strength: c; 0 is finetuning.
         damping: xi, above 0.
         clip_negative: True counts a negative omega as 0.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -42,17 +40,14 @@ class SI(Strategy):
 
     def __init__(self, strength: float, damping: float = 0.1, clip_negative: bool = True) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"si.strength: got {strength}, it must be at least 0 (0 is finetuning).")
-        if not damping > 0:
-            raise ValueError(f"si.damping: got {damping}, it must be above 0.")
+        checks.at_least(0, "0 is finetuning", strength=strength)
+        checks.above(0, damping=damping)
         self.strength, self.damping, self.clip_negative = strength, damping, clip_negative
         self.past = Quadratic()
         self.path, self.start = NamedTensors(), NamedTensors()  # omega so far, and the weights before the experience
         self._before: Before = {}  # of the current step
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """A new path begins."""
         if self.strength == 0:
             return
         self.past.fit(learner.weights())
@@ -60,7 +55,6 @@ class SI(Strategy):
         self.path.zero(learner.weights())
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The penalty, once there is a past."""
         return {"si": self.past.penalty(learner.weights(), 2 * self.strength)} if self.past else {}
 
     @torch.no_grad()
@@ -71,14 +65,12 @@ class SI(Strategy):
         self._before = before_step(learner.weights(), self.path.views(), self.past, 2 * self.strength)
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Add the step to the path."""
         if not self._before:
             return
         after_step(self.path.views(), self._before, learner.weights())
         self._before = {}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Turn the path into importance."""
         if self.strength == 0:
             return
         weights, start, new = learner.weights(), self.start.views(), {}

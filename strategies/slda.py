@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
@@ -40,9 +41,6 @@ class SLDA(Strategy):
         first: how experience 0 enters: "oas", the oracle approximating shrinkage of its pooled covariance (Chen et
             al. 2010; the authors' base initialisation), or "stream", like all others.
         batch_size: examples a pass; no effect on the result but rounding.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -56,18 +54,14 @@ class SLDA(Strategy):
 
     def __init__(self, shrinkage: float = 1e-4, exact: bool = False, first: str = "oas", batch_size: int = 256) -> None:
         super().__init__()
-        if not 0 <= shrinkage <= 1:
-            raise ValueError(f"slda.shrinkage: got {shrinkage}, it must lie in 0..1.")
-        if first not in FIRST:
-            raise ValueError(f"slda.first: got {first!r}, allowed are {' and '.join(map(repr, FIRST))}.")
-        if batch_size < 1:
-            raise ValueError(f"slda.batch_size: got {batch_size}, it must be at least 1.")
+        checks.within(0, 1, shrinkage=shrinkage)
+        checks.one_of("first", first, FIRST)
+        checks.at_least(1, batch_size=batch_size)
         self.shrinkage, self.exact, self.first, self.batch_size = shrinkage, exact, first, batch_size
         for name in ("means", "counts", "scatter", "weight", "offset"):
             self.register_buffer(name, None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse targets that are not classes, and parts that train what is frozen."""
         if learner.objective.kind not in ("class", "tag"):
             raise ValueError(
                 f"slda: discriminant analysis tells classes apart, and the target is {learner.objective.kind!r}: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
 from clplat.streams.experience import Experience
@@ -37,9 +38,6 @@ class TimeVectors(Strategy):
         start: where the next experience starts from: "last" (theta_t), "merged" or "base" (theta_0).
         share: of the latest experience in "interpolate"; 1: it alone, 0: the one before it.
         scale: of the combined vector; 1 is none.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -49,11 +47,10 @@ class TimeVectors(Strategy):
 
     def __init__(self, merge: str = "mean", start: str = "last", share: float = 0.5, scale: float = 1.0) -> None:
         super().__init__()
-        for name, given, allowed in (("merge", merge, MERGES), ("start", start, STARTS)):
-            if given not in allowed:
-                raise ValueError(f"time_vectors.{name}: got {given!r}, allowed are {', '.join(map(repr, allowed))}.")
+        checks.one_of("merge", merge, MERGES)
+        checks.one_of("start", start, STARTS)
         if merge == "none" and scale != 1:
-            raise ValueError(f"time_vectors.scale: got {scale} with merge 'none', which combines nothing: set it to 1.")
+            raise ValueError(f"scale: got {scale} with merge 'none', which combines nothing: set it to 1.")
         self.merge, self.start, self.share, self.scale = merge, start, share, scale
         self.register_buffer("base", None)  # [P] theta_0
         self.register_buffer("past", None)  # [experiences, P] theta_t

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
@@ -23,7 +24,7 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.packnet import PackNet
 from clplat.strategies.relevance_maps import RelevanceMaps
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
@@ -19,7 +20,7 @@ from clplat.learners.objectives import objective_for
 from clplat.strategies.mas import MAS
 from clplat.strategies.rwalk import RWalk
 from clplat.strategies.si import SI
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import TaskHead
@@ -24,7 +25,7 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.recurrent_hypernetwork import RecurrentHypernetwork
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat.composition import Composite
 from clplat.importance.fisher import fisher
 from clplat.learners.learner import Learner
 from clplat.strategies.der import DER
@@ -19,7 +20,7 @@ from clplat.strategies.ewc import EWC
 from clplat.strategies.lwf import LwF
 from clplat.strategies.refresh import Refresh
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 
 
 class Bowl:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
@@ -20,7 +21,7 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.rehearsal_budget import RehearsalBudget
 from clplat.strategies.rehearsal_environment import RehearsalEnvironment, environment
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.mixed import MixedData, data_bytes
@@ -107,7 +108,7 @@ def test_the_session_has_exactly_these_examples(schedule: str) -> None:
         assert per_source(batch) == expected.tolist()
         rows = batch.x.tolist()
         assert len({tuple(r) for r in rows}) == len(rows)  # without replacement
-        assert made.share == pytest.approx(len(batch) / N)
+        assert made.budget == pytest.approx(len(batch) / N)
         if k:
             assert batch.source is not None
             assert torch.equal(batch.source, (batch.x[:, 0] != k).to(torch.uint8))
@@ -130,7 +131,7 @@ def test_keep_steps_replaces_current_examples() -> None:
         free, held = (session(RehearsalEnvironment("uniform", 0.5, keep_steps=keep), k) for keep in (False, True))
         assert held.data is not None
         assert len(held.data) == N
-        assert held.share == 1.0
+        assert held.budget == 1.0
         assert per_source(whole(held))[:k] == per_source(whole(free))[:k]
         assert per_source(whole(held))[k] == N - sum(per_source(whole(free))[:k])
 
@@ -168,7 +169,7 @@ def test_the_budget_is_exact_for_every_source(replacement: bool, trainer: Callab
     for k in range(K):
         made = session(strategy, k)
         assert per_source(whole(made))[: k + 1] == [25] * k + [N]
-        assert made.share == pytest.approx((N + 25 * k) / N)
+        assert made.budget == pytest.approx((N + 25 * k) / N)
     old = [whole(session(strategy, k)).x for k in (2, 3)]
     assert torch.equal(old[0][old[0][:, 0] == 1], old[1][old[1][:, 0] == 1])  # the same ones in later experiences
     distinct = len({tuple(r) for r in old[1][old[1][:, 0] < 3].tolist()})

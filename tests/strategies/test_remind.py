@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
@@ -25,13 +26,15 @@ from clplat.learners.nets.net import Block, Inputs, Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.rehearsal.largest_first import LargestFirst
+from clplat.rehearsal.quantised import DECODED, Quantised
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.ewc import EWC
-from clplat.strategies.remind import DECODED, OTHER_Y, LargestFirst, Quantised, Remind, class_rate
+from clplat.strategies.remind import OTHER_Y, Remind, class_rate
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Batch, Experience, Stream, StreamError
 from clplat.streams.loader import ChunkLoader, stable_seed

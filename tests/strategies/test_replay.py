@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
@@ -21,7 +22,7 @@ from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.joint import Joint
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Session, Strategy
+from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 
@@ -241,11 +242,11 @@ def test_joint_and_cumulative_sessions() -> None:
     plain = Session(data[0].train)
     joint = [Joint().session(data, k, plain) for k in range(K)]
     assert joint[0].data is not None
-    assert (len(joint[0].data), joint[0].share) == (K * N, K)
-    assert all(s.data is None and s.share == 0 for s in joint[1:])
+    assert (len(joint[0].data), joint[0].budget) == (K * N, K)
+    assert all(s.data is None and s.budget == 0 for s in joint[1:])
     whole = joint[0].data.batch(torch.arange(K * N))
     assert torch.equal(whole.y, torch.cat([e.train.batch(torch.arange(N)).y for e in data]))
     for k in range(K):
         session = Cumulative().session(data, k, plain)
         assert session.data is not None
-        assert (len(session.data), session.share) == ((k + 1) * N, k + 1)
+        assert (len(session.data), session.budget) == ((k + 1) * N, k + 1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
@@ -23,7 +24,7 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.rehearsal_environment import RehearsalEnvironment
 from clplat.strategies.rewarming import Rewarming, infinite, rewarmed
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 

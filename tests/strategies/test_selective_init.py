@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.composition import check_stream
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
@@ -20,7 +21,7 @@ from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.selective_init import SelectiveInit
-from clplat.strategy import Session, Strategy, check_needs
+from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 from clplat.streams.loader import stable_seed
@@ -204,8 +205,8 @@ def test_memory_is_the_base_and_one_state_an_experience(trainer: Callable) -> No
 
 def test_task_answers_need_task_labels() -> None:
     with pytest.raises(ValueError, match="needs task labels"):
-        check_needs(SelectiveInit(answer="task"), stream("0 1"))
-    check_needs(SelectiveInit(), stream("0 1"))
+        check_stream(SelectiveInit(answer="task"), stream("0 1"))
+    check_stream(SelectiveInit(), stream("0 1"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from sklearn.covariance import OAS
 from torch import Tensor
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.nets.heads import Head
@@ -21,7 +22,6 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.slda import SLDA, oracle_approximating_shrinkage
-from clplat.strategy import Composite
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 
