@@ -27,6 +27,7 @@ NEEDS = {
 CLAIMS = {
     "objective": "replaces the learner's objective",
     "data": "chooses what an experience is trained on",
+    "mixture": "adds old data to an experience's",
     "net": "gives each task weights of its own",
     "layers": "works on the layers' own weights",
     "codes": "trains on stored codes in place of inputs",
@@ -39,8 +40,10 @@ CLAIMS = {
 APART = (
     ("objective", "objective"),
     ("data", "data"),
+    ("data", "mixture"),
     ("net", "net"),
     ("net", "data"),
+    ("net", "mixture"),
     ("net", "layers"),
     ("net", "codes"),
     ("codes", "raw_rows"),

@@ -38,7 +38,7 @@ class ICaRL(Strategy):
     """
 
     needs = frozenset({"boundaries", "classes"})
-    claims = frozenset({"data", "layers", "objective", "raw_rows"})
+    claims = frozenset({"layers", "mixture", "objective", "raw_rows"})
     passes = 4 / 3
 
     def __init__(self, capacity: int, nearest_mean: bool = True) -> None:

@@ -37,7 +37,7 @@ class RehearsalBudget(Strategy):
     """
 
     needs = frozenset({"boundaries"})
-    claims = frozenset({"data"})
+    claims = frozenset({"mixture"})
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
 
     def __init__(self, examples: int = 250, replacement: bool = True, seed: int = 0) -> None:

@@ -49,7 +49,7 @@ class RehearsalEnvironment(Strategy):
     """
 
     needs = frozenset({"boundaries"})
-    claims = frozenset({"data"})
+    claims = frozenset({"mixture"})
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
 
     def __init__(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.loggers.logger import Logger
+from tiny import only
 from torch import Tensor, nn
 
 from clplat.composition import Composite
@@ -20,7 +20,7 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.per_task.masked import MaskedNet, TaskMasks, pack, unpack
 from clplat.per_task.net import lowest_entropy
-from clplat.run import Run
+from clplat.run import Run, Silent
 from clplat.settings import Training
 from clplat.strategies.packnet import PackNet
 from clplat.strategies.relevance_maps import RelevanceMaps
@@ -90,10 +90,13 @@ class Watch(Strategy):
         learner.train()
 
 
-def run(trainer: Callable, strategy: Strategy, epochs: int = 4, **options: Any) -> tuple[MaskedNet, Watch, Tensor]:
+def run(
+    trainer: Callable, strategy: Strategy, epochs: int = 4, tracker: Silent | None = None, **options: Any
+) -> tuple[MaskedNet, Watch, Tensor]:
     watch = Watch()
     made = learner(Composite({"it": strategy, "watch": watch}), **options)
-    results = Run(stream(options.get("tasks", True)), made, trainer(), Training(batch_size=16, epochs=epochs)).go()
+    training = Training(batch_size=16, epochs=epochs)
+    results = Run(stream(options.get("tasks", True)), made, trainer(), training, tracker=tracker).go()
     assert isinstance(made.net, MaskedNet)
     return made.net, watch, results.R
 
@@ -146,34 +149,21 @@ def test_learned_tasks_stay_the_same_in_every_bit(trainer: Callable, name: str, 
 
 @pytest.mark.parametrize("name", sorted(strategies()))
 def test_free_capacity_is_what_no_mask_covers_and_is_logged(trainer: Callable, name: str) -> None:
-    class Kept(Logger):
-        values: list[tuple[float, int]]
+    kept: list[tuple[float, int]] = []
 
-        @property
-        def name(self) -> str:
-            return "kept"
-
-        @property
-        def version(self) -> str:
-            return "0"
-
-        def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-            """Nothing."""
-
-        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    class Kept(Silent):
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
             if "capacity/free" in metrics:
-                self.values.append((metrics["capacity/free"], step or 0))
+                kept.append((metrics["capacity/free"], step))
 
-    kept = Kept()
-    kept.values = []
-    net, _, _ = run(partial(trainer, logger=kept), strategies()[name]())
+    net, _, _ = run(trainer, strategies()[name](), tracker=Kept())
     covered = torch.zeros(sum(net.sizes), dtype=torch.bool)
     expected = []
     for mask in masks(net):
         covered |= torch.cat([m.flatten() for m in mask])
         expected.append(1 - int(covered.sum()) / len(covered))
-    assert [value for value, _ in kept.values] == pytest.approx(expected)
-    assert [step for _, step in kept.values] == [12, 24, 36]
+    assert [value for value, _ in kept] == pytest.approx(expected)
+    assert [step for _, step in kept] == [12, 24, 36]
     assert 1 > expected[0] > expected[1] > expected[2]
     assert net.free_share() == pytest.approx(expected[-1])
 
@@ -193,21 +183,21 @@ def test_packnet_releases_the_smallest_of_the_free_weights(trainer: Callable) ->
 
 def test_packnet_keeps_the_largest_and_retrains_them() -> None:
     made = learner(PackNet(prune=0.5))
-    made.strategy.wrap(made)
+    only(made).setup(made, stream())
     made.begin(stream()[0])
     net = made.net
-    assert isinstance(net, MaskedNet) and isinstance(made.strategy, PackNet)
+    assert isinstance(net, MaskedNet) and isinstance(only(made), PackNet)
     before = [w.detach().clone() for w in net.parts(net.matrices)]
-    made.strategy._release(net)
+    only(made)._release(net)
     for w, old, alive in zip(net.parts(net.matrices), before, net._split(net.alive), strict=True):
         assert float(old[alive].abs().min()) >= float(old[~alive].abs().max())
         assert torch.equal(w[alive], old[alive])
-    optimizer = made.configure_optimizers()
+    optimizer = made.handover.begin(made.parameter_groups())
     for _ in range(3):
         optimizer.zero_grad()
         batch = stream()[0].train.batch(torch.arange(16))
         made.objective(made(batch).logits, batch).backward()
-        made.strategy.gradients(made, batch)
+        only(made).gradients(made, batch)
         optimizer.step()
         net.restore()
     for w, old, alive in zip(net.parts(net.matrices), before, net._split(net.alive), strict=True):
@@ -265,7 +255,7 @@ def test_relevance_is_the_formula_and_its_threshold_is_0638() -> None:
 
 def test_the_map_s_gradient_against_the_formula() -> None:
     made = learner(RelevanceMaps(sharpness=5.0), body="convolution")
-    made.strategy.wrap(made)
+    only(made).setup(made, stream())
     made.begin(stream()[0])
     net, batch = made.net, stream()[0].train.batch(torch.arange(16))
     assert isinstance(net, MaskedNet)
@@ -283,14 +273,14 @@ def test_the_map_s_gradient_against_the_formula() -> None:
 
 def test_pruning_by_relevance_and_magnitude() -> None:
     made = learner(RelevanceMaps(magnitude=0.1), body="convolution")
-    made.strategy.wrap(made)
+    only(made).setup(made, stream())
     made.begin(stream()[0])
     net = made.net
-    assert isinstance(net, MaskedNet) and isinstance(made.strategy, RelevanceMaps)
+    assert isinstance(net, MaskedNet) and isinstance(only(made), RelevanceMaps)
     assert all(0 <= float(a.detach().min()) < 0.2 and 0.8 < float(a.detach().max()) <= 1 for a in net.maps)
     with torch.no_grad():
         net.parts(net.matrices)[0].fill_(0.05)  # all under the threshold, not under a tenth of it
-    made.strategy._prune(net)
+    only(made)._prune(net)
     first, second = net._split(net.alive)
     assert torch.equal(first, net.relevance(0) > 0.999999)
     kept = net.relevance(1) > 0.999999
@@ -299,7 +289,7 @@ def test_pruning_by_relevance_and_magnitude() -> None:
     before = net.alive.clone()
     with torch.no_grad():
         net.maps[1].fill_(1.0)
-    made.strategy._prune(net)
+    only(made)._prune(net)
     assert not bool((net.alive & ~before).any())  # what is pruned stays pruned
 
 
@@ -346,13 +336,13 @@ def test_stored_bytes_are_a_bit_a_weight_and_the_own_values(trainer: Callable) -
     ("make", "message"),
     [
         (lambda: RelevanceMaps(sharpness=0.0), "sharpness: got 0.0"),
-        (lambda: RelevanceMaps(relevance=1.0), "relevance: got 1.0, it must lie between 0 and 1"),
-        (lambda: RelevanceMaps(magnitude=-1.0), "magnitude=-1.0"),
-        (lambda: RelevanceMaps(prunings=0), "prunings=0"),
+        (lambda: RelevanceMaps(relevance=1.0), "relevance: got 1.0, it must be at least 0 and below 1"),
+        (lambda: RelevanceMaps(magnitude=-1.0), "magnitude: got -1.0"),
+        (lambda: RelevanceMaps(prunings=0), "prunings: got 0"),
         (lambda: RelevanceMaps(prune_share=1.5), "prune_share: got 1.5"),
         (lambda: PackNet(prune=1.5), "prune: got 1.5"),
         (lambda: PackNet(prune_at=0.0), "prune_at: got 0.0"),
-        (lambda: PackNet(vectors="none"), "allowed are 'frozen' and 'own'"),
+        (lambda: PackNet(vectors="none"), "allowed are 'frozen', 'own'"),
     ],
 )
 def test_wrong_options_are_refused(make: Callable[[], Strategy], message: str) -> None:

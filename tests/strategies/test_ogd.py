@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 
 from clplat.learners.learner import Learner
@@ -45,7 +46,7 @@ def linear(strategy: OGD, target: str = "class", head: Any = Head) -> Learner:
 
 def consolidated(strategy: OGD, *parts: Experience, head: Any = Head, target: str = "class") -> Learner:
     made = linear(strategy, target, head)
-    strategy.wrap(made)
+    strategy.setup(made, Stream("s", (experience(0),), "class_incremental", "class", C, features=D))
     with torch.no_grad():
         for part in parts:
             made.shape_for(part)
@@ -184,7 +185,7 @@ def test_on_a_linear_layer_it_is_the_ideal_continual_learner() -> None:
     weight = net.head.linear.weight
     with torch.no_grad():
         weight.zero_()
-    strategy.wrap(made)
+    strategy.setup(made, Stream("s", (experience(0),), "class_incremental", "class", C, features=D))
     inputs = [draw(8, 40, seed=k) for k in range(4)]
     for k, x in enumerate(inputs):
         data = TensorData(x, x @ right)
@@ -253,10 +254,10 @@ def test_frozen_weights_are_no_direction() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"examples": 0}, "ogd.examples: got 0, it must be at least 1"),
-        ({"capacity": -1}, "ogd.capacity: got -1, it must be at least 0"),
+        ({"examples": 0}, "examples: got 0, it must be at least 1"),
+        ({"capacity": -1}, "capacity: got -1, it must be at least 0"),
         ({"of": "some"}, "allowed are 'true', 'mean', 'all'"),
-        ({"apply_to": "step"}, "allowed are 'update' and 'gradient'"),
+        ({"apply_to": "step"}, "allowed are 'update', 'gradient'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -267,4 +268,4 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_a_true_logit_that_does_not_exist_is_refused_before_training() -> None:
     made = linear(OGD(), "value")
     with pytest.raises(ValueError, match="use 'mean' or 'all'"):
-        made.strategy.wrap(made)
+        only(made).setup(made, Stream("s", (experience(0),), "class_incremental", "class", C, features=D))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 
 from clplat.composition import Composite
@@ -178,22 +179,22 @@ def test_mas_needs_no_targets(tiny: Any) -> None:
     experience = tiny.stream()[0]
     other = tiny.stream()[0]
     other.train.y = other.train.y.flip(0)
-    one.strategy.after_experience(one, experience)
-    two.strategy.after_experience(two, other)
-    assert torch.equal(one.strategy.past.importance, two.strategy.past.importance)
+    only(one).after_experience(one, experience)
+    only(two).after_experience(two, other)
+    assert torch.equal(only(one).past.importance, only(two).past.importance)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (SI, {"strength": -1}, "si.strength: got -1"),
-        (SI, {"strength": 1, "damping": 0}, "si.damping: got 0"),
-        (MAS, {"strength": -1}, "mas.strength: got -1"),
-        (MAS, {"strength": 1, "decay": 2}, "mas.decay: got 2"),
-        (MAS, {"strength": 1, "examples": 0}, "examples=0"),
-        (RWalk, {"strength": -1}, "rwalk.strength: got -1"),
-        (RWalk, {"strength": 1, "alpha": 2}, "rwalk.alpha: got 2"),
-        (RWalk, {"strength": 1, "interval": 0}, "interval=0"),
+        (SI, {"strength": -1}, "strength: got -1"),
+        (SI, {"strength": 1, "damping": 0}, "damping: got 0"),
+        (MAS, {"strength": -1}, "strength: got -1"),
+        (MAS, {"strength": 1, "decay": 2}, "decay: got 2"),
+        (MAS, {"strength": 1, "examples": 0}, "examples: got 0"),
+        (RWalk, {"strength": -1}, "strength: got -1"),
+        (RWalk, {"strength": 1, "alpha": 2}, "alpha: got 2"),
+        (RWalk, {"strength": 1, "interval": 0}, "interval: got 0"),
     ],
 )
 def test_wrong_options_are_refused(kind: Any, options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 from torch.func import functional_call
 
@@ -142,7 +143,7 @@ def test_a_run_grows_before_every_task_but_the_first(trainer: Callable) -> None:
 @pytest.mark.parametrize("targets", ["weights", "outputs"])
 def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
     made = learner(strategy(beta=0.0, beta_state=4.0, lookahead=False, targets=targets))
-    made.strategy.wrap(made)
+    only(made).setup(made, stream())
     for experience in stream():
         made.begin(experience)
         if experience.index < 2:
@@ -155,8 +156,8 @@ def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
     with torch.no_grad():
         for p in net.generator.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    made.configure_optimizers()
-    made.strategy.gradients(made, stream()[2].train.batch(torch.arange(4)))
+    made.handover.begin(made.parameter_groups())
+    only(made).gradients(made, stream()[2].train.batch(torch.arange(4)))
     right = torch.autograd.grad(
         2.0 * (net.generator.states(past) - old).square().sum(), [net.generator.w_state, net.generator.codes]
     )
@@ -170,7 +171,7 @@ def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
 def test_its_size_against_a_chunked_mlp() -> None:
     """What a generator costs depends on the chunk; the recurrent one has 4 G (G + E + P) weights besides U and p."""
     made = learner(strategy())
-    made.strategy.wrap(made)
+    only(made).setup(made, stream())
     net = made.net
     assert isinstance(net, GeneratedNet) and isinstance(net.generator, Recurrent)
     steps = sum(-(-p.size // 50) for p in net.pieces)
@@ -198,7 +199,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_what_growing_does_not_go_with_is_refused() -> None:
     made = learner(strategy(grow=1), optimizer_state="kept")
     with pytest.raises(ValueError, match="set optimizer_state=fresh, or grow=0"):
-        made.strategy.wrap(made)
-    made = learner(Composite({"recurrent_hypernetwork": strategy(grow=1), "ewc": EWC(strength=1.0)}))
+        only(made).setup(made, stream())
     with pytest.raises(ValueError, match="ewc keeps a value for each weight"):
-        made.strategy.wrap(made)
+        Composite({"recurrent_hypernetwork": strategy(grow=1), "ewc": EWC(strength=1.0)})
+    Composite({"recurrent_hypernetwork": strategy(grow=0), "ewc": EWC(strength=1.0)})

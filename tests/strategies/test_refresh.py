@@ -110,6 +110,7 @@ def test_the_reference_mode_by_hand(tiny: Any) -> None:
     }
     right = {n: w.detach() for n, w in right.items()}
     strategy.batch(learner, joined)
+    strategy.before_step(learner, joined)
     assert strategy.step(learner, lambda: learner(batch), lambda closure: closure()) is not None
     for n, w in learner.weights().items():
         torch.testing.assert_close(w.detach(), right[n])
@@ -176,10 +177,11 @@ def negative_entropy(p: Tensor) -> Tensor:
 def past_and_present(tiny: Any, strategy: Strategy) -> tuple[Learner, Any, Any]:
     stream = tiny.stream()
     learner = tiny.learner(strategy, stream)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     learner.begin(stream[0])
     batch = stream[0].train.batch(torch.arange(20))
     strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     strategy.after_step(learner, batch, learner(batch))
     learner.end(stream[0])
     learner.begin(stream[1])
@@ -203,6 +205,7 @@ def test_der_is_the_bregman_distance_of_squared_logits(tiny: Any) -> None:
     strategy = DER(capacity=50, alpha=0.3, beta=0.0)
     learner, batch, _ = past_and_present(tiny, strategy)
     strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     (drawn,) = strategy._drawn
     now, then = learner(drawn).logits, drawn.extra["logits"]
     right = 0.3 * bregman(lambda z: z.square().sum() / z.numel(), now, then)
@@ -239,15 +242,15 @@ def test_paper_mode_adds_up_the_fisher(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "x"}, "allowed are 'paper' and 'reference'"),
-        ({"rate": -1.0}, "rate=-1"),
-        ({"noise": -1.0}, "noise=-1"),
-        ({"damping": 0.0}, "damping=0"),
-        ({"decay": 2.0}, "decay=2"),
+        ({"mode": "x"}, "allowed are 'paper', 'reference'"),
+        ({"rate": -1.0}, "rate: got -1"),
+        ({"noise": -1.0}, "noise: got -1"),
+        ({"damping": 0.0}, "damping: got 0"),
+        ({"decay": 2.0}, "decay: got 2"),
         ({"unlearn_steps": 0}, "unlearn_steps: got 0"),
-        ({"unlearn_steps": 2, "mode": "reference"}, "1 in mode 'reference'"),
+        ({"unlearn_steps": 2, "mode": "reference"}, "mode 'reference' takes one"),
         ({"fisher": "x"}, "fisher: got 'x'"),
-        ({"examples": 0}, "examples=0"),
+        ({"examples": 0}, "examples: got 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 
 from clplat.composition import Composite
@@ -157,10 +158,10 @@ def test_a_small_old_set_comes_back_whole_and_few_examples_are_reported(caplog: 
 def test_the_environment_counts_all_sets_as_stored(trainer: Callable) -> None:
     made = learner(RehearsalEnvironment())
     Run(stream(), made, trainer(), Training(batch_size=20, epochs=1)).go()
-    assert made.strategy.stored_bytes() == K * N * (2 * 4 + 8)
+    assert only(made).stored_bytes() == K * N * (2 * 4 + 8)
     off = learner(RehearsalEnvironment(fraction=0.0))
     Run(stream(), off, trainer(), Training(batch_size=20, epochs=1)).go()
-    assert off.strategy.stored_bytes() == 0
+    assert only(off).stored_bytes() == 0
 
 
 @pytest.mark.parametrize("replacement", [False, True])
@@ -175,7 +176,7 @@ def test_the_budget_is_exact_for_every_source(replacement: bool, trainer: Callab
     distinct = len({tuple(r) for r in old[1][old[1][:, 0] < 3].tolist()})
     assert (distinct < 75) == replacement
     Run(stream(), made := learner(strategy), trainer(), Training(batch_size=20, epochs=1)).go()
-    assert made.strategy.stored_bytes() == K * 25 * (2 * 4 + 8)
+    assert only(made).stored_bytes() == K * 25 * (2 * 4 + 8)
 
 
 def test_no_budget_is_only_the_new_task_and_a_large_one_the_whole_set() -> None:
@@ -258,7 +259,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_a_negative_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rehearsal_budget.examples: got -1, it must be at least 0"):
+    with pytest.raises(ValueError, match=r"examples: got -1, it must be at least 0"):
         RehearsalBudget(-1)
 
 

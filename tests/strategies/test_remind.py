@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,17 +27,20 @@ from clplat.learners.nets.net import Block, Inputs, Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.per_task.masked import MaskedNet, TaskMasks
+from clplat.rehearsal.class_rate import class_rate
 from clplat.rehearsal.largest_first import LargestFirst
-from clplat.rehearsal.quantised import DECODED, Quantised
+from clplat.rehearsal.quantised import DECODED, OTHER_Y, Quantised
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.ewc import EWC
-from clplat.strategies.remind import OTHER_Y, Remind, class_rate
+from clplat.strategies.packnet import PackNet
+from clplat.strategies.remind import Remind
 from clplat.strategies.replay import Replay
 from clplat.strategy import Strategy
 from clplat.streams.data import RaggedData, TensorData
-from clplat.streams.experience import Batch, Experience, Stream, StreamError
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import ChunkLoader, stable_seed
 
 D, C, K, N, T, H = 4, 6, 3, 40, 5, 8
@@ -93,11 +97,17 @@ def remind(**options: Any) -> Remind:
     return Remind(**dict[str, Any](capacity=60, parts=4, rows=6, fit_vectors=1000) | options)
 
 
+def masked() -> Learner:
+    made = learner()
+    made.net = MaskedNet(made.net, TaskMasks())
+    return made
+
+
 def begun(strategy: Remind, of: Stream | None = None, **options: Any) -> Learner:
     """A learner whose base is done, without training, at the start of experience 1."""
     of = stream() if of is None else of
     made = learner(strategy, of, **options)
-    strategy.wrap(made)
+    strategy.setup(made, of)
     made.begin(of[0])
     made.end(of[0])
     made.begin(of[1])
@@ -211,9 +221,8 @@ def test_several_base_experiences_are_trained_together(trainer: Callable) -> Non
 
 def test_a_base_of_all_experiences_is_refused_in_one_line(trainer: Callable) -> None:
     of = stream()
-    run = Run(of, learner(remind(base_experiences=len(of)), of), trainer(), TRAINING)
-    with pytest.raises(StreamError, match=r"remind\.base_experiences: got 3, the stream has 3 and none would be left"):
-        run.go()
+    with pytest.raises(ValueError, match="base_experiences: got 3, the stream has 3 and none would be left"):
+        Run(of, learner(remind(base_experiences=len(of)), of), trainer(), TRAINING)
 
 
 # What is stored
@@ -231,9 +240,9 @@ def test_the_store_holds_the_codes_of_the_base_and_then_of_what_was_learned() ->
     rows = sorted(map(repr, zip(store.x[:N].tolist(), store.y[:N].tolist(), strict=True)))  # pyright: ignore[reportOptionalSubscript]  # targets come with inputs
     assert rows == sorted(map(repr, zip(codes.tolist(), whole.y.tolist(), strict=True)))
     batch = some()
-    made.strategy.batch(made, batch)
+    only(made).batch(made, batch)
     assert len(store) == N  # the rows of a step enter after it
-    made.strategy.after_step(made, batch, made(batch))
+    only(made).after_step(made, batch, made(batch))
     assert len(store) == N + 7
     fresh = net.quantizer.encode(net.lower(batch, 1)[0])
     assert torch.equal(store.x[N : N + 7], fresh)
@@ -354,7 +363,7 @@ def test_answers_come_from_quantised_features() -> None:
 def test_a_step_without_mixing_takes_the_mean_over_current_and_replayed_rows() -> None:
     strategy = remind(mixup=0.0)
     made, batch = begun(strategy), some()
-    assert not strategy.replaces_objective
+    assert "objective" not in strategy.claims
     state = strategy.store.get_extra_state()
     given = strategy.batch(made, batch)
     strategy.store.set_extra_state(state)
@@ -374,7 +383,7 @@ def test_a_step_without_mixing_takes_the_mean_over_current_and_replayed_rows() -
 def test_a_mixed_step_against_a_naive_sum(alpha: float) -> None:
     strategy = remind(mixup=alpha)
     made, batch = begun(strategy), some()
-    assert strategy.replaces_objective
+    assert "objective" in strategy.claims
     state = strategy.store.get_extra_state()
     given = strategy.batch(made, batch)
     strategy.store.set_extra_state(state)
@@ -505,11 +514,7 @@ def test_the_rates_of_interleaved_classes_are_set_before_each_step(
 
 
 def test_the_base_has_the_ordinary_rate(trainer: Callable) -> None:
-    strategy = remind()
-    made = learner(strategy)
-    made.plan(10, 0)
-    assert made.schedule_factor() == 1.0
-    assert strategy.rate(None) == 1.0
+    assert remind().rate(3, 10, some(), 0.5) == 0.5
 
 
 # Runs
@@ -569,8 +574,8 @@ def test_killed_and_resumed_with_rates_by_class(trainer: Callable, tmp_path: Pat
 def test_any_cut_of_any_learner(trainer: Callable, kind: str, cut: int) -> None:
     strategy = remind(cut=cut)
     if kind == "lstm" and cut == 0:
-        with pytest.raises(ValueError, match=r"remind\.cut: got 0, nothing with weights lies below"):
-            strategy.wrap(learner(strategy))
+        with pytest.raises(ValueError, match="cut: got 0, nothing with weights lies below"):
+            strategy.setup(learner(strategy), stream())
         return
     made = trained(trainer, strategy, kind=kind)
     below = ("embedding", *(f"blocks.{i}." for i in range(cut)))
@@ -603,17 +608,17 @@ def test_a_copy_of_the_net_is_quantised_too() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"capacity": 0}, r"remind\.capacity: got 0, it must be at least 1"),
-        ({"cut": -1}, r"remind\.cut: got -1"),
-        ({"rows": -1}, r"remind\.rows: got -1, it must be at least 0"),
-        ({"mixup": -0.1}, r"remind\.mixup: got -0.1"),
-        ({"mixup": float("nan")}, r"remind\.mixup: got nan"),
-        ({"final": 0.0}, r"remind\.final: got 0.0, it must be above 0"),
-        ({"final": 1.5}, r"remind\.final: got 1.5"),
-        ({"every": 0}, r"remind\.every: got 0"),
-        ({"base_experiences": 0}, r"remind\.base_experiences: got 0"),
-        ({"policy": "ring"}, "got 'ring', allowed are 'class_balanced' and 'reservoir'"),
-        ({"codes": 300}, r"remind\.codes: got 300, it must lie in 2\.\.256"),
+        ({"capacity": 0}, r"capacity: got 0, it must be at least 1"),
+        ({"cut": -1}, r"cut: got -1"),
+        ({"rows": -1}, r"rows: got -1, it must be at least 0"),
+        ({"mixup": -0.1}, r"mixup: got -0.1"),
+        ({"mixup": float("nan")}, r"mixup: got nan"),
+        ({"final": 0.0}, r"final: got 0.0, it must be above 0"),
+        ({"final": 1.5}, r"final: got 1.5"),
+        ({"every": 0}, r"every: got 0"),
+        ({"base_experiences": 0}, "base_experiences: got 0"),
+        ({"policy": "ring"}, "got 'ring', allowed are 'class_balanced', 'reservoir'"),
+        ({"codes": 300}, r"codes: got 300, it must lie in 2\.\.256"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -622,37 +627,24 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_what_does_not_fit_the_learner_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"remind\.cut: got 3, the net has 2 blocks"):
-        remind(cut=3).wrap(learner())
+    with pytest.raises(ValueError, match="cut: got 3, the net has 2 blocks"):
+        remind(cut=3).setup(learner(), stream())
     with pytest.raises(ValueError, match=r"policy=reservoir and strategy\.remind\.final=1"):
-        remind().wrap(learner(of=tagging()))
-    strategy = remind(parts=3)
-    made = learner(strategy)
-    strategy.wrap(made)
-    with pytest.raises(ValueError, match=r"remind\.parts: got 3, vectors of width 8 can be cut into 1, 2, 4, 8 parts"):
-        made.begin(stream()[0])
+        remind().setup(learner(of=tagging()), tagging())
+    with pytest.raises(ValueError, match="parts: got 3, vectors of width 8 can be cut into 1, 2, 4, 8 parts"):
+        remind(parts=3).setup(learner(), stream())
 
 
 def test_partners_that_cannot_be_are_refused() -> None:
     for partner, message in (
-        (Replay(capacity=5), "'other': it keeps raw rows, which cannot join rows of codes"),
-        (Cumulative(), "'other': both choose what an experience is trained on"),
+        (Replay(capacity=5), "remind trains on stored codes in place of inputs, other keeps raw rows of inputs"),
+        (Cumulative(), "each chooses what an experience is trained on"),
+        (PackNet(), "other gives each task weights of its own"),
     ):
-        for parts in ({"remind": remind(), "other": partner}, {"other": partner, "remind": remind()}):
-            both = Composite(parts)
-            with pytest.raises(ValueError, match=message):
-                both.wrap(learner(both))
-    Composite({"remind": (first := remind()), "ewc": EWC(1.0)}).wrap(learner(first))
-    made = learner(first)
-    first.wrap(made)
-    with pytest.raises(ValueError, match="net of class Quantised, whose forward is its own"):
-        remind().wrap(made)
-
-
-def test_a_net_that_another_strategy_put_there_is_refused_before_training() -> None:
-    strategy = remind()
-    made = learner(strategy)
-    strategy.wrap(made)
-    made.net = learner().net
-    with pytest.raises(ValueError, match="another strategy put a net of class Net in the place"):
-        made.begin(stream()[0])
+        with pytest.raises(ValueError, match=message):
+            Composite({"remind": remind(), "other": partner})
+        with pytest.raises(ValueError, match="other and remind cannot be used"):
+            Composite({"other": partner, "remind": remind()})
+    Composite({"remind": remind(), "ewc": EWC(1.0)})
+    with pytest.raises(ValueError, match="net of class MaskedNet, whose forward is its own"):
+        remind().setup(masked(), stream())

@@ -29,6 +29,13 @@ from clplat.streams.experience import Batch, Experience, Stream
 D, C, K, N = 5, 6, 3, 40
 
 
+def step(strategy: Strategy, learner: Learner, batch: Batch) -> Batch:
+    """The batch that a step trains on, after what is done before it."""
+    batch = strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
+    return batch
+
+
 def stream() -> Stream:
     generator = torch.Generator().manual_seed(5)
     parts = []
@@ -87,9 +94,9 @@ def test_capacity_zero_is_finetuning_bit_for_bit(off: str, trainer: Callable) ->
 def test_the_first_batch_is_alone_and_then_learned_of() -> None:
     made, replay = learner(), Replay(capacity=20)
     batch = current()
-    assert replay.batch(made, batch) is batch
+    assert step(replay, made, batch) is batch
     assert len(replay.buffer) == 8
-    joined = replay.batch(made, batch)
+    joined = step(replay, made, batch)
     assert len(joined) == 16
     assert joined.source is not None
     assert joined.source.tolist() == [0] * 8 + [1] * 8
@@ -99,8 +106,8 @@ def test_the_first_batch_is_alone_and_then_learned_of() -> None:
 
 def test_rows_are_drawn_before_the_batch_is_inserted() -> None:
     made, replay = learner(), Replay(capacity=8)
-    replay.batch(made, current(8, k=0))
-    joined = replay.batch(made, current(8, k=2))
+    step(replay, made, current(8, k=0))
+    joined = step(replay, made, current(8, k=2))
     assert joined.y[8:].max() < 2
 
 
@@ -108,14 +115,14 @@ def test_rows_are_drawn_before_the_batch_is_inserted() -> None:
 def test_the_number_of_replayed_rows(rows: int | None, expected: int) -> None:
     made = learner()
     replay = past(Replay(capacity=100, rows=rows), made, k=2)
-    assert len(replay.batch(made, current(8, k=2))) == 8 + expected
+    assert len(step(replay, made, current(8, k=2))) == 8 + expected
 
 
 @pytest.mark.parametrize("policy", ["class_balanced", "ring"])
 def test_rows_of_every_class(policy: str) -> None:
     made = learner()
     replay = past(Replay(capacity_per_class=10, policy=policy, rows_per_class=4, insert="after"), made, k=2)
-    joined = replay.batch(made, current(8, k=2))
+    joined = step(replay, made, current(8, k=2))
     assert joined.y[8:].bincount().tolist() == [4, 4, 4, 4]
     assert replay.stored_bytes() == 40 * (D * 4 + 8 + 8)
 
@@ -123,7 +130,7 @@ def test_rows_of_every_class(policy: str) -> None:
 def test_replayed_rows_of_another_strategy_are_not_inserted() -> None:
     made = learner()
     one, two = past(Replay(capacity=100, seed=1), made), Replay(capacity=100, seed=2)
-    batch = Composite({"one": one, "two": two}).batch(made, current(8, k=1))
+    batch = step(Composite({"one": one, "two": two}), made, current(8, k=1))
     assert len(batch) == 16
     assert len(two.buffer) == 8
     assert two.buffer.sample(8).y.min() == 2
@@ -131,8 +138,8 @@ def test_replayed_rows_of_another_strategy_are_not_inserted() -> None:
 
 def test_inserted_after_the_experience_means_not_during() -> None:
     made, replay = learner(), Replay(capacity=30, insert="after")
-    assert len(replay.batch(made, current())) == 8
-    assert len(replay.batch(made, current())) == 8
+    assert len(step(replay, made, current())) == 8
+    assert len(step(replay, made, current())) == 8
     assert len(replay.buffer) == 0
     replay.after_experience(made, stream()[0])
     assert len(replay.buffer) == 30
@@ -145,13 +152,15 @@ def test_the_weighting_is_the_one_written_down(forward: str, weighting: str) -> 
     made = learner()
     replay = past(Replay(capacity=100, rows=24, forward=forward, weighting=weighting), made, k=2)
     own = current(8, k=2)
-    batch = replay.batch(made, own)
+    batch = step(replay, made, own)
     logits = made(batch)
-    total = replay.objective(made, batch, logits) if replay.replaces_objective else made.objective(logits.logits, batch)
-    assert replay.replaces_objective is (forward == "separate")
+    total = (
+        replay.objective(made, batch, logits) if "objective" in replay.claims else made.objective(logits.logits, batch)
+    )
+    assert ("objective" in replay.claims) is (forward == "separate")
 
     # The same generator draws the same rows once more.
-    again = past(Replay(capacity=100, rows=24), made, k=2).batch(made, own)
+    again = step(past(Replay(capacity=100, rows=24), made, k=2), made, own)
     losses = nn.functional.cross_entropy(made(again).logits, again.y, reduction="none")
     a, b = losses[:8].mean(), losses[8:].mean()
     right = losses.mean() if weighting == "rows" else a / 3 + 2 * b / 3
@@ -162,7 +171,7 @@ def test_weights_by_experience_replay_nothing_in_the_first() -> None:
     made, replay = learner(), Replay(capacity=100, weighting="experiences")
     replay.before_experience(made, stream()[0])
     for _ in range(3):
-        assert len(replay.batch(made, current())) == 8
+        assert len(step(replay, made, current())) == 8
     assert len(replay.buffer) == 24
 
 
@@ -170,7 +179,7 @@ def test_weights_of_the_batch_are_kept() -> None:
     made = learner()
     replay = past(Replay(capacity=100, rows=8, weighting="experiences"), made, k=1)
     weighted = replace(current(8, k=1), weight=torch.arange(8.0))
-    joined = replay.batch(made, weighted)
+    joined = step(replay, made, weighted)
     assert joined.weight is not None
     torch.testing.assert_close(joined.weight, torch.cat([torch.arange(8.0), torch.ones(8)]))  # 1/2 and 1/2, B equal
 
@@ -187,7 +196,7 @@ def test_a_saved_strategy_goes_on_exactly() -> None:
     one, two = past(Replay(**options, seed=1), made, k=2), Replay(**options, seed=9)
     two.load_state_dict(one.state_dict())
     for _ in range(5):
-        a, b = one.batch(made, current(8, k=2)), two.batch(made, current(8, k=2))
+        a, b = step(one, made, current(8, k=2)), step(two, made, current(8, k=2))
         assert torch.equal(a.x, b.x)
         assert a.weight is not None
         assert b.weight is not None
@@ -210,9 +219,9 @@ def test_replay_forgets_less(trainer: Callable) -> None:
         ({"capacity": None}, "needs capacity"),
         ({"capacity": None, "policy": "ring"}, "either capacity or"),
         ({"capacity_per_class": 3}, "knows no classes"),
-        ({"insert": "before"}, "allowed are 'during' and 'after'"),
-        ({"forward": "both"}, "allowed are 'joint' and 'separate'"),
-        ({"weighting": "steps"}, "allowed are 'rows' and 'experiences'"),
+        ({"insert": "before"}, "allowed are 'during', 'after'"),
+        ({"forward": "both"}, "allowed are 'joint', 'separate'"),
+        ({"weighting": "steps"}, "allowed are 'rows', 'experiences'"),
         ({"rows": 0}, "at least 1"),
         ({"rows": 3, "rows_per_class": 3}, "only one can be"),
         ({"rows_per_class": 3}, "knows no classes"),

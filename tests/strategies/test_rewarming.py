@@ -190,7 +190,7 @@ def test_with_uniform_rehearsal_a_fixed_share_of_each_window_is_old(trainer: Cal
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "linear"}, "mode: got 'linear', allowed are 'cosine' and 'infinite'"),
+        ({"mode": "linear"}, "mode: got 'linear', allowed are 'cosine', 'infinite'"),
         ({"shape": "linear"}, "shape: got 'linear', allowed are"),
         ({"warmup": 1.5}, "warmup: got 1.5, it must lie in 0..1"),
         ({"mode": "infinite", "final": 0.0}, "both must be above 0"),

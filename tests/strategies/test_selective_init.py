@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 
-from clplat.composition import check_stream
+from clplat.composition import Composite, check_stream
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
@@ -67,8 +68,7 @@ class Watched(Run):
 def watched(trainer: Callable, data: Stream, made: Learner) -> tuple[Watched, SelectiveInit]:
     run = Watched(data, made, trainer(), Training(batch_size=8, epochs=8))
     run.go()
-    assert isinstance(made.strategy, SelectiveInit)
-    return run, made.strategy
+    return run, only(made)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -108,7 +108,7 @@ def test_probe_steps_are_plain_steps_on_other_examples(trainer: Callable) -> Non
     for row, loss in enumerate(strategy.losses[1]):
         plain = learner(None)
         load_flat(plain.net, strategy.library[row])
-        optimizer = plain.make_optimizer(plain.net.parameters())
+        optimizer = plain.handover.make(plain.net.parameters())
         for _ in range(4):
             optimizer.zero_grad()
             plain.objective(plain(practice).logits, practice).backward()
@@ -149,14 +149,14 @@ def test_comparing_leaves_no_trace(trainer: Callable) -> None:
     watched(trainer, data, made)
     state, modes = torch.get_rng_state(), [m.training for m in made.modules()]
     with torch.no_grad():
-        made.strategy.before_experience(made, data[1])
-    assert isinstance(made.strategy, SelectiveInit)
-    assert made.strategy.library is not None
+        only(made).before_experience(made, data[1])
+    assert isinstance(only(made), SelectiveInit)
+    assert only(made).library is not None
     assert torch.equal(state, torch.get_rng_state())
     assert [m.training for m in made.modules()] == modes
-    assert torch.equal(flatten(made.net), made.strategy.library[0])
+    assert torch.equal(flatten(made.net), only(made).library[0])
     assert all(p.grad is None for p in made.net.parameters())
-    first, second = made.strategy.losses[-1], copy.copy(made.strategy)
+    first, second = only(made).losses[-1], copy.copy(only(made))
     second.losses, second.chosen = [], []
     with torch.no_grad():
         second.before_experience(made, data[1])
@@ -205,17 +205,17 @@ def test_memory_is_the_base_and_one_state_an_experience(trainer: Callable) -> No
 
 def test_task_answers_need_task_labels() -> None:
     with pytest.raises(ValueError, match="needs task labels"):
-        check_stream(SelectiveInit(answer="task"), stream("0 1"))
-    check_stream(SelectiveInit(), stream("0 1"))
+        check_stream(Composite.of(SelectiveInit(answer="task")), stream("0 1"))
+    check_stream(Composite.of(SelectiveInit()), stream("0 1"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"examples": 0}, "examples must be at least 1"),
-        ({"steps": -1}, "steps at least 0"),
+        ({"examples": 0}, "examples: got 0, it must be at least 1"),
+        ({"steps": -1}, "steps: got -1, it must be at least 0"),
         ({"margin": -0.1}, "margin: got -0.1, it must be at least 0"),
-        ({"answer": "best"}, "answer: got 'best', allowed are 'latest' and 'task'"),
+        ({"answer": "best"}, "answer: got 'best', allowed are 'latest', 'task'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.covariance import OAS
+from tiny import only
 from torch import Tensor
 
 from clplat.composition import Composite
@@ -171,7 +172,7 @@ def test_only_experience_0_is_trained_and_unmet_classes_are_never_answered(train
     batch = given[0].test.batch(torch.arange(10))
     with torch.no_grad():
         output = early.learner.net(batch)
-        scores = early.learner.strategy.predict(early.learner, batch, output.logits, output.features)
+        scores = only(early.learner).predict(early.learner, batch, output.logits, output.features)
     assert bool((scores[:, 2:] == torch.finfo(torch.float32).min).all())
     assert bool((scores[:, :2] > -1e4).all())
 
@@ -180,7 +181,7 @@ def test_only_experience_0_is_trained_and_unmet_classes_are_never_answered(train
     ("options", "message"),
     [
         ({"shrinkage": 1.5}, "must lie in 0..1"),
-        ({"first": "lda"}, "allowed are 'oas' and 'stream'"),
+        ({"first": "lda"}, "allowed are 'oas', 'stream'"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )
@@ -192,9 +193,8 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_what_it_cannot_do_is_refused_before_training() -> None:
     net = recurrent(Inputs(features=4, steps=5), partial(Head, outputs=6), mixer=Elman, hidden=H)
     with pytest.raises(ValueError, match="tells classes apart, and the target is 'value'"):
-        SLDA().wrap(Learner(net, objective_for("value"), SLDA()))
-    both = Composite({"slda": SLDA(), "cumulative": Cumulative()})
-    with pytest.raises(ValueError, match="cannot be combined with cumulative"):
-        both.wrap(Learner(net, objective_for("class"), both))
+        SLDA().setup(Learner(net, objective_for("value"), SLDA()), stream())
+    with pytest.raises(ValueError, match="slda and cumulative cannot be used both: each chooses what an experience"):
+        Composite({"slda": SLDA(), "cumulative": Cumulative()})
     with pytest.raises(ValueError, match="before the first experience has ended"):
         SLDA().covariance()

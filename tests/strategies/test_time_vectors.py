@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor, nn
 
 from clplat.learners.learner import Learner
@@ -239,8 +240,7 @@ def test_scale_stretches_the_vector_from_the_base(merge: str, trainer: Callable)
 def test_scores_are_those_of_the_combination(trainer: Callable) -> None:
     run = watched(trainer, TimeVectors("mean"))
     made = learner(None)
-    assert isinstance(run.learner.strategy, TimeVectors)
-    load_flat(made.net, run.learner.strategy.merged())
+    load_flat(made.net, only(run.learner).merged())
     for j, experience in enumerate(stream()):
         batch = experience.test.batch(torch.arange(N))
         right = float((made(batch).logits.argmax(-1) == batch.y).double().mean())
@@ -250,10 +250,9 @@ def test_scores_are_those_of_the_combination(trainer: Callable) -> None:
 def test_memory_is_one_state_a_period_and_the_base(trainer: Callable) -> None:
     run = watched(trainer, TimeVectors("none"))
     values = flatten(run.learner.net).numel()
-    assert run.learner.strategy.stored_bytes() == (K + 1) * values * 4
-    assert isinstance(run.learner.strategy, TimeVectors)
-    assert run.learner.strategy.past is not None
-    assert torch.equal(run.learner.strategy.past, torch.stack(run.ends))
+    assert only(run.learner).stored_bytes() == (K + 1) * values * 4
+    assert only(run.learner).past is not None
+    assert torch.equal(only(run.learner).past, torch.stack(run.ends))
 
 
 def test_no_merge_from_the_base_is_independent_training(trainer: Callable) -> None:
