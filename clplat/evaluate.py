@@ -47,7 +47,7 @@ def evaluate(
             sums.append(_score(learner, experience.test, batch_size, examples, carries))
     totals = torch.stack(sums).tolist()  # the only wait for the device
     scores = [total / count for total, _, count in totals]
-    masked = learner.objective.kind == "class"
+    masked = learner.objective.one_class
     return scores, [seen / count if masked else float("nan") for _, seen, count in totals]
 
 
@@ -69,7 +69,7 @@ def _score(learner: Learner, data: Data, batch_size: int, examples: int | None, 
         logits = learner.strategy.predict(learner, batch, output.logits, output.features)
         value, count = objective.score(logits, batch)
         seen = value
-        if objective.kind == "class":
+        if objective.one_class:
             seen, _ = objective.score(logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min), batch)
         total += torch.stack([value.double(), seen.double(), count.double().to(value.device)])
     return total

@@ -120,10 +120,11 @@ class Run:
         stream.check()
         carries = training.carry_state and segmented(stream)
         check_stream(learner.strategy, stream, carries)
-        if learner.objective.kind != stream.target:
+        if stream.target not in learner.objective.targets:
+            allowed = " or ".join(map(repr, learner.objective.targets))
             raise StreamError(
-                f"The objective is for {learner.objective.kind!r} targets, stream {stream.name!r} has "
-                f"{stream.target!r} targets: set objective=auto."
+                f"The objective is for {allowed} targets, stream {stream.name!r} has {stream.target!r} targets: "
+                "set objective=auto."
             )
         if trainer.world_size > 1:
             raise ValueError(

@@ -85,10 +85,11 @@ class CenterLoss(Strategy):
         Raises:
             ValueError: mode "centers" and targets that are not classes.
         """
-        head, kind = learner.net.head, learner.objective.kind
+        head = learner.net.head
         if self.mode == "centers":
-            if kind not in ("class", "tag", "token"):
-                raise ValueError(f"center_loss needs classes, the learner predicts {kind!r}: use mode=features.")
+            if not learner.objective.classes:
+                name = type(learner.objective).__name__
+                raise ValueError(f"mode: 'centers' needs classes, and {name} has none: use mode=features.")
             if self.strength > 0:
                 self.centers = torch.zeros(head.outputs, head.linear.in_features)
         elif self.strength > 0:

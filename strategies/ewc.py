@@ -69,14 +69,14 @@ class EWC(Strategy):
             raise ValueError(f"ewc.gamma: got {gamma} with mode {mode!r}, only 'online' has it: set gamma to 1.")
         if (examples is not None and examples < 1) or batch_size < 1:
             raise ValueError(f"ewc: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
-        check_kind(fisher, "class", "strategy.ewc.fisher")
+        check_kind(fisher)
         self.strength, self.mode, self.gamma = strength, mode, gamma
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
         self.past = Quadratic()
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse an estimate that does not exist for the learner's objective."""
-        check_kind(self.fisher, learner.objective.kind, "strategy.ewc.fisher")
+        check_kind(self.fisher, learner.objective)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """A head that has grown: its new rows are free."""

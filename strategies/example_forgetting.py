@@ -52,8 +52,7 @@ class ExampleForgetting(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Refuse targets that cannot be forgotten."""
-        if learner.objective.kind == "value":
-            answered_right(learner.objective, torch.empty(0), Batch(torch.empty(0, 1), torch.empty(0, 1)))
+        learner.objective.right(torch.zeros(0, 1), Batch(torch.zeros(0, 1), torch.zeros(0)))
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         """The session as it is; note its size."""

@@ -91,11 +91,9 @@ class GenerativeReplay(Strategy):
         Raises:
             ValueError: soft labels for targets that are not classes.
         """
-        if self.soft and learner.objective.kind not in ("class", "tag", "token"):
-            raise ValueError(
-                f"generative_replay.labels: 'soft' distils classes, the learner predicts {learner.objective.kind!r}: "
-                "use 'hard'."
-            )
+        if self.soft and not learner.objective.classes:
+            name = type(learner.objective).__name__
+            raise ValueError(f"labels: 'soft' distils classes, and {name} has none: use 'hard'.")
         if not self.off:
             self.teacher = Teacher(learner.net)
 
@@ -148,9 +146,9 @@ class GenerativeReplay(Strategy):
             like = batch.y[:1].expand(count, *batch.y.shape[1:])
             made = Batch(self.old.generate(z, uniform), like, mask=mask, task=task)
             logits = self.teacher(made).logits
-            if learner.logit_mask != "all" and learner.objective.kind == "class":  # the learner masks these as well
+            if learner.logit_mask != "all" and learner.objective.one_class:  # the learner masks these as well
                 logits = logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min)
-            self._generated = replace(made, y=_answers(learner, logits, batch.y), extra={"logits": logits})
+            self._generated = replace(made, y=learner.objective.answer(logits, batch.y), extra={"logits": logits})
         return batch
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
@@ -241,11 +239,3 @@ class GenerativeReplay(Strategy):
 
     def _normal(self, rows: int, like: Tensor) -> Tensor:
         return torch.randn(rows, self.latent, generator=self._random).to(like.device, non_blocking=True)
-
-
-def _answers(learner: Learner, logits: Tensor, like: Tensor) -> Tensor:
-    """Targets of the kind of `like` from logits."""
-    kind = learner.objective.kind
-    if kind in ("class", "tag", "token"):
-        return logits.argmax(-1)
-    return (logits >= 0).to(like.dtype) if kind == "bits" else logits.to(like.dtype)

@@ -93,11 +93,13 @@ class ICL(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Draw the random features; refuse targets without a squared error, and parts that train what is frozen."""
-        if learner.objective.kind == "token":
+        if learner.objective.by_probability:
+            name = type(learner.objective).__name__
             raise ValueError(
-                "icl: the solution of a regression is no probability of tokens, which target 'token' is scored by: "
-                "use another strategy, or a stream with target class, tag, bits or value."
+                f"icl: the solution of a regression is no probability, which {name} is scored by: use another strategy, or "
+                "a stream with target class, tag, bits or value."
             )
+        learner.objective.coded(torch.zeros(0, dtype=torch.int64), 1)
         if self.random_features is not None:
             width = learner.net.head.linear.in_features
             generator = torch.Generator().manual_seed(self.seed)
@@ -145,10 +147,7 @@ class ICL(Strategy):
             scored = objective.scored(batch)
             scored = torch.ones(features.shape[:2], dtype=torch.bool, device=y.device) if scored is None else scored
             features, y = features[scored], y[scored]
-        if objective.kind in ("class", "tag"):
-            y = F.one_hot(y, learner.net.head.outputs)
-        y = y.double()
-        return self._expand(features), 2 * y - 1 if objective.kind == "bits" else y
+        return self._expand(features), objective.coded(y, learner.net.head.outputs)
 
     def _recur(self, x: Tensor, y: Tensor) -> None:
         assert self.solution is not None

@@ -59,10 +59,9 @@ class LwF(Strategy):
         Raises:
             ValueError: targets that are not classes.
         """
-        if learner.objective.kind not in ("class", "tag", "token"):
-            raise ValueError(
-                f"lwf distils probabilities of classes, the learner predicts {learner.objective.kind!r}: use lfl."
-            )
+        if not learner.objective.classes:
+            name = type(learner.objective).__name__
+            raise ValueError(f"lwf distils probabilities of classes, and {name} has none: use lfl.")
         if max(self.strengths) > 0:
             self.teacher = Teacher(learner.net)
         self.passes = 4 / 3 if max(self.strengths) > 0 else 1.0
@@ -124,7 +123,7 @@ class LwF(Strategy):
     def _share(self, learner: Learner, batch: Batch) -> Tensor:
         """The weight of each row [B] or of each step [B, T], summing to 1 over what is distilled."""
         scored = learner.objective.scored(batch)
-        if learner.objective.kind == "class":
+        if not learner.objective.per_step:
             share = torch.ones_like(batch.y, dtype=torch.float32)
         else:
             share = torch.ones_like(batch.y, dtype=torch.float32) if scored is None else scored.float()

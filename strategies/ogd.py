@@ -58,10 +58,9 @@ class OGD(Strategy):
         self.register_buffer("basis", None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse the true logit where there is none."""
-        kind = learner.objective.kind
-        if self.of == "true" and kind in ("bits", "value"):
-            raise ValueError(f"of: got 'true', which target {kind!r} has no true class for: use 'mean' or 'all'.")
+        if self.of == "true" and not learner.objective.classes:
+            name = type(learner.objective).__name__
+            raise ValueError(f"of: got 'true', and {name} has no true class: use 'mean' or 'all'.")
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
         """Project the gradients."""

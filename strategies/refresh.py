@@ -75,7 +75,7 @@ class Refresh(Strategy):
         checks.at_least(1, unlearn_steps=unlearn_steps, examples=examples, batch_size=batch_size)
         if mode == "reference" and unlearn_steps != 1:
             raise ValueError(f"unlearn_steps: got {unlearn_steps}, mode 'reference' takes one: set it to 1.")
-        check_kind(fisher, "class", "strategy.refresh.fisher")
+        check_kind(fisher)
         self.unlearn_rate, self.mode, self.unlearn_steps = rate, mode, unlearn_steps
         self.noise, self.decay, self.damping = noise, decay, damping
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
@@ -85,8 +85,7 @@ class Refresh(Strategy):
         self._current: Batch | None = None
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse an estimate that does not exist for the learner's objective."""
-        check_kind(self.fisher, learner.objective.kind, "strategy.refresh.fisher")
+        check_kind(self.fisher, learner.objective)
 
     def before_step(self, learner: Learner, batch: Batch) -> None:
         if self.mode == "reference" and self.unlearn_rate > 0:

@@ -120,7 +120,7 @@ class Remind(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         """Put a net in place that can be frozen and quantised at the cut; refuse what cannot be combined."""
-        net, kind = learner.net, learner.objective.kind
+        net = learner.net
         if self.base_experiences >= len(stream):
             raise ValueError(
                 f"base_experiences: got {self.base_experiences}, the stream has {len(stream)} and none would be left to "
@@ -139,10 +139,11 @@ class Remind(Strategy):
         made = Quantised(net, self.cut, self.quantizer)
         if not any(True for module in made.front() for _ in module.parameters()):
             raise ValueError(f"cut: got {self.cut}, nothing with weights lies below it: choose a higher one.")
-        if kind != "class" and (isinstance(self.store, LargestFirst) or self.final != 1):
+        if not learner.objective.one_class and (isinstance(self.store, LargestFirst) or self.final != 1):
             raise ValueError(
-                f"remind: policy 'class_balanced' and final other than 1 need one class a sequence, the targets are "
-                f"{kind!r}: set strategy.remind.policy=reservoir and strategy.remind.final=1."
+                "policy: 'class_balanced', and final other than 1, need one class a sequence, and "
+                f"{type(learner.objective).__name__} has none: set strategy.remind.policy=reservoir and "
+                "strategy.remind.final=1."
             )
         with evaluation(learner):
             features = made.front_features(stream[0].train.batch(torch.arange(1)).to(learner.device))[0]
@@ -231,7 +232,7 @@ class Remind(Strategy):
             return
         fresh, classes = self._fresh, self._classes
         self._fresh = self._classes = None
-        if learner.objective.kind == "class" and (self.final != 1 or isinstance(self.store, LargestFirst)):
+        if learner.objective.one_class and (self.final != 1 or isinstance(self.store, LargestFirst)):
             classes = fresh.y.cpu() if classes is None else classes
             self.met.update(classes.tolist())
         self._insert(fresh, classes)

@@ -62,10 +62,10 @@ class SLDA(Strategy):
             self.register_buffer(name, None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        if learner.objective.kind not in ("class", "tag"):
+        if not learner.objective.classes or learner.objective.by_probability:
             raise ValueError(
-                f"slda: discriminant analysis tells classes apart, and the target is {learner.objective.kind!r}: "
-                "use a stream with target class or tag, or another strategy."
+                "slda: discriminant analysis tells classes apart and gives no probabilities, which does not do for "
+                f"{type(learner.objective).__name__}: use a stream with target class or tag, or another strategy."
             )
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:

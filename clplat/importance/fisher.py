@@ -20,33 +20,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.importance.per_example import SquaredGradients, Way
-from clplat.streams.experience import UNSCORED, Batch, Data
+from clplat.streams.experience import Batch, Data
 
 if TYPE_CHECKING:
     from clplat.learners.learner import Learner
+    from clplat.learners.objective import Objective
 
 KINDS = ("exact", "sampled", "empirical", "batched")
 
 
-def check_kind(kind: str, target: str, key: str = "fisher") -> None:
-    """Refuse an estimate that does not exist, or not for this kind of target.
-
-    Args:
-        kind: the estimate.
-        target: what the learner predicts.
-        key: where the estimate was chosen.
+def check_kind(kind: str, objective: Objective | None = None) -> None:
+    """Refuse an estimate that does not exist, or that an objective lacks.
 
     Raises:
         ValueError: names what is allowed.
+        Unsupported: the objective has no exact Fisher, or no draw of targets.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{key}: got {kind!r}, allowed are {', '.join(map(repr, KINDS))}.")
-    if kind == "exact" and target in ("tag", "token"):
-        raise ValueError(
-            f"{key}: got 'exact', which would sum over all sequences of answers, and target {target!r} has too many of "
-            f"them: set {key}=sampled or {key}=empirical."
-        )
+    checks.one_of("fisher", kind, KINDS)
+    if objective is None:
+        return
+    none = torch.zeros(0, 1, 1)
+    empty = Batch(none, none)
+    if kind == "exact":
+        objective.fisher_factors(none, empty)
+    if kind == "sampled":
+        objective.sample(none, empty, torch.Generator())
 
 
 def fisher(
@@ -79,10 +79,11 @@ def fisher(
         For each name in `learner.weights()` a tensor of that parameter's shape.
 
     Raises:
-        ValueError: an unknown kind; "exact" for tags or tokens; no example.
+        ValueError: an unknown kind; no example.
+        Unsupported: the objective lacks what the kind needs.
     """
     objective = learner.objective
-    check_kind(kind, objective.kind)
+    check_kind(kind, objective)
     if (examples is not None and examples < 1) or len(data) == 0:
         raise ValueError(f"fisher: got examples={examples} of {len(data)}, it needs at least 1 (or null for all).")
     count = len(data) if examples is None else min(examples, len(data))
@@ -90,9 +91,9 @@ def fisher(
 
     def cotangents(logits: Tensor, batch: Batch) -> Iterable[Tensor]:
         if kind == "exact":
-            return _exact(learner, logits, batch)
+            return objective.fisher_factors(logits, batch)
         if kind == "sampled":
-            batch = replace(batch, y=_sample(objective.kind, logits, batch.y, generator))
+            batch = replace(batch, y=objective.sample(logits, batch, generator))
         return [_score_function(learner, logits, batch)]
 
     if kind == "batched":
@@ -142,52 +143,3 @@ def _score_function(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
         return torch.autograd.grad(learner.objective.log_likelihood(logits, batch).sum(), logits)[0]
-
-
-def _exact(learner: Learner, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
-    kind = learner.objective.kind
-    if kind == "class":
-        yield from _class_factors(logits)
-        return
-    p = logits.sigmoid()
-    scale = (p * (1 - p)).sqrt() if kind == "bits" else torch.ones_like(logits)
-    scored = learner.objective.scored(batch)
-    if scored is not None:
-        scale = scale * scored[..., None]
-    for number, column in enumerate(scale.flatten(1).unbind(1)):
-        if bool(column.any()):
-            cotangent = torch.zeros_like(scale).flatten(1)
-            cotangent[:, number] = column
-            yield cotangent.view_as(scale)
-
-
-def _class_factors(logits: Tensor) -> Iterator[Tensor]:
-    """Vectors v_k [B, C] with sum_k v_k v_k^T = diag(p) - p p^T, the Fisher information of a softmax by its logits.
-
-    Any such set gives the same Fisher as sqrt(p_k) (e_k - p) for all classes. These are the columns of the Cholesky
-    factor (Tanabe & Sagae 1992): one less, and those of classes with probability 0 vanish.
-    """
-    p = logits.softmax(-1)
-    tiny = torch.finfo(p.dtype).tiny
-    tail = p.flip(-1).cumsum(-1).flip(-1)  # [B, C], the sum of p_k and all after it
-    for k in range(p.shape[1] - 1):
-        rest = tail[:, k + 1]
-        size = (p[:, k] * rest / tail[:, k].clamp_min(tiny)).sqrt()
-        if bool(size.any()):
-            factor = torch.zeros_like(p)
-            factor[:, k] = size
-            factor[:, k + 1 :] = -(p[:, k + 1 :] / rest.clamp_min(tiny)[:, None]) * size[:, None]
-            yield factor
-
-
-def _sample(kind: str, logits: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-    """Targets like y, drawn from the model; steps that are not scored stay so."""
-    if kind == "value":
-        return logits + torch.randn(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
-    if kind == "bits":
-        drawn = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
-        return (drawn < logits.sigmoid()).to(y.dtype)
-    # A race: the class whose exponential clock of rate p_k rings first. Probability 0 never wins.
-    clock = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator).to(logits.device)
-    drawn = (logits.softmax(-1) / clock.clamp_min(torch.finfo(logits.dtype).tiny)).argmax(-1)
-    return torch.where(y == UNSCORED, y, drawn)

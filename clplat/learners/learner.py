@@ -14,7 +14,7 @@ from clplat import checks
 from clplat.composition import Composite
 from clplat.learners.handover import Handover
 from clplat.learners.nets.net import Net, Output
-from clplat.learners.objectives import Objective
+from clplat.learners.objective import Objective
 from clplat.learners.schedules import Schedule, constant
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
@@ -85,7 +85,7 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """The net's output, with the logits of classes that do not compete set to the lowest value."""
         output = self.net(batch)
-        if self.logit_mask == "all" or self.objective.kind != "class":
+        if self.logit_mask == "all" or not self.objective.one_class:
             return output
         allowed = self.seen if self.logit_mask == "seen" else self.same_experience[batch.y]
         lowest = torch.finfo(output.logits.dtype).min

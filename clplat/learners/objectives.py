@@ -1,89 +1,48 @@
-"""Objectives: what is minimised, what the likelihood of an example is, and how an answer is scored.
-
-Letters: B batch, T time, C classes, O outputs.
-"""
+"""Objectives for classes, tags, tokens, bits and real values. Letters: B batch, T time, C classes, O outputs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.streams.experience import UNSCORED, Batch, Target
+from clplat.learners.objective import Objective, Unsupported, scored_steps
+from clplat.streams.experience import UNSCORED, Batch
 
 
-class Objective:
-    """Base of the objectives: a loss per scored step, its mean, its sum per example, and a score.
+class Softmax(Objective):
+    """Base of objectives whose answer is one of C classes."""
 
-    Args:
-        reduction: "mean" over all scored steps of the batch, or "sum" over the steps of an example and mean over
-            examples (Ehret et al. 2021).
+    classes = True
 
-    Attributes:
-        kind: of the targets it is for (`Batch.y`).
-        score_name: what `score` is called in tables and metrics.
-        higher_is_better: False for losses.
-        sequence: True if a target at every step is scored.
+    def answer(self, logits: Tensor, like: Tensor) -> Tensor:
+        return logits.argmax(-1)
 
-    Raises:
-        ValueError: an unknown reduction.
-    """
+    def right(self, logits: Tensor, batch: Batch) -> Tensor:
+        return (logits.argmax(-1) == batch.y).double()
 
-    kind: Target
-    score_name: str = "accuracy"
-    higher_is_better: bool = True
+    def sample(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        # A race: the class whose exponential clock of rate p_k rings first. Probability 0 never wins.
+        clock = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator).to(logits.device)
+        drawn = (logits.softmax(-1) / clock.clamp_min(torch.finfo(logits.dtype).tiny)).argmax(-1)
+        return torch.where(batch.y == UNSCORED, batch.y, drawn)
 
-    def __init__(self, reduction: str = "mean") -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"objective.reduction: got {reduction!r}, allowed are 'mean' and 'sum'.")
-        self.reduction = reduction
+    def entropy(self, logits: Tensor) -> Tensor:
+        return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Loss [B] or [B, T] of every step, in nats; 0 where nothing is scored."""
-        raise TypeError(f"{type(self).__name__} does not define losses(logits, batch).")
-
-    def scored(self, batch: Batch) -> Tensor | None:
-        """[B, T] bool, True where a step is scored; None: everywhere (or there is no time axis)."""
-        if batch.y.ndim < 3:  # one target a sequence
-            return None
-        return _within(batch)
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The scalar to minimise: the weighted mean of the losses of a batch."""
-        losses = self.losses(logits, batch)
-        scored = self.scored(batch)
-        if losses.ndim == 1:
-            counts = torch.ones_like(losses)
-        elif scored is None:
-            counts = torch.full_like(losses[:, 0], losses.shape[1])
-            losses = losses.sum(1)
-        else:
-            counts, losses = scored.sum(1).to(losses.dtype), losses.sum(1)
-        if self.reduction == "sum":
-            counts = torch.ones_like(counts)
-        if batch.weight is not None:
-            losses, counts = losses * batch.weight, counts * batch.weight
-        return losses.sum() / counts.sum()
-
-    def log_likelihood(self, logits: Tensor, batch: Batch) -> Tensor:
-        """log p(y | x) of each example [B] in nats, summed over its scored steps (up to a constant)."""
-        losses = self.losses(logits, batch)
-        return -(losses if losses.ndim == 1 else losses.sum(1))
-
-    def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the scores of all scored steps, and their number, as scalars; their ratio is the score."""
-        raise TypeError(f"{type(self).__name__} does not define score(logits, batch).")
+    def coded(self, y: Tensor, outputs: int) -> Tensor:
+        return F.one_hot(y, outputs).double()
 
 
-class Classification(Objective):
+class Classification(Softmax):
     """One class a sequence: cross-entropy, accuracy. Logits [B, C], targets [B]."""
 
-    kind = "class"
+    targets = ("class",)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy [B]."""
         return F.cross_entropy(logits, batch.y, reduction="none")
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -95,27 +54,56 @@ class Classification(Objective):
         correct = (logits.argmax(-1) == batch.y).sum()
         return correct, torch.full_like(correct, len(batch))
 
+    def fisher_factors(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Vectors v_k [B, C] with sum_k v_k v_k^T = diag(p) - p p^T, the Fisher information of a softmax by its logits.
 
-class Tagging(Objective):
+        Any such set gives the same Fisher as sqrt(p_k) (e_k - p) for all classes. These are the columns of the Cholesky
+        factor (Tanabe & Sagae 1992): one less, and those of classes with probability 0 vanish.
+        """
+        p = logits.softmax(-1)
+        tiny = torch.finfo(p.dtype).tiny
+        tail = p.flip(-1).cumsum(-1).flip(-1)  # [B, C], the sum of p_k and all after it
+        for k in range(p.shape[1] - 1):
+            rest = tail[:, k + 1]
+            size = (p[:, k] * rest / tail[:, k].clamp_min(tiny)).sqrt()
+            if bool(size.any()):
+                factor = torch.zeros_like(p)
+                factor[:, k] = size
+                factor[:, k + 1 :] = -(p[:, k + 1 :] / rest.clamp_min(tiny)[:, None]) * size[:, None]
+                yield factor
+
+
+class Tagging(Softmax):
     """A class at every scored step: cross-entropy, accuracy over scored steps. Logits [B, T, C], targets [B, T]."""
 
-    kind = "tag"
+    targets = ("tag",)
+    per_step = True
 
     def scored(self, batch: Batch) -> Tensor:
         """[B, T] bool: within the lengths and the mask, and not `UNSCORED`."""
-        scored, within = batch.y != UNSCORED, _within(batch)
+        scored, within = batch.y != UNSCORED, scored_steps(batch)
         return scored if within is None else scored & within
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy [B, T], 0 on unscored steps."""
         y = batch.y.masked_fill(~self.scored(batch), UNSCORED)
-        logits = _zeroed(logits, _within(batch))
+        logits = _zeroed(logits, scored_steps(batch))
         return F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=UNSCORED)
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Number of correct scored steps and of scored steps."""
         scored = self.scored(batch)
         return ((logits.argmax(-1) == batch.y) & scored).sum(), scored.sum()
+
+    def fisher_factors(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """None: the sum would be over all sequences of answers.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(
+            "fisher: got 'exact', which would sum over all sequences of answers, and there are too many of them where "
+            "each step has a class: set fisher=sampled or fisher=empirical."
+        )
 
 
 class NextToken(Tagging):
@@ -124,9 +112,10 @@ class NextToken(Tagging):
     The data give the targets already shifted: y[:, t] is the token after x[:, t].
     """
 
-    kind = "token"
+    targets = ("token",)
     score_name = "bits_per_token"
     higher_is_better = False
+    by_probability = True
 
     def score(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Bits of all scored steps, and their number."""
@@ -137,10 +126,10 @@ class Bits(Objective):
     """Several independent bits at every scored step: binary cross-entropy summed over the bits of a step, accuracy
     over bits (Ehret et al. 2021). Logits and targets [B, T, O]."""
 
-    kind = "bits"
+    targets = ("bits",)
+    per_step = True
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Binary cross-entropy [B, T], summed over O; 0 on unscored steps."""
         scored = self.scored(batch)
         logits, y = _zeroed(logits, scored), _zeroed(batch.y, scored)
         return _zeroed(F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(-1), scored)
@@ -153,12 +142,34 @@ class Bits(Objective):
             return correct.sum(), torch.tensor(batch.y.numel())
         return (correct * scored).sum(), scored.sum() * batch.y.shape[-1]
 
+    def answer(self, logits: Tensor, like: Tensor) -> Tensor:
+        return (logits >= 0).to(like.dtype)
+
+    def right(self, logits: Tensor, batch: Batch) -> Tensor:
+        return ((logits >= 0) == (batch.y > 0.5)).double().mean(-1)
+
+    def sample(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        drawn = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+        return (drawn < logits.sigmoid()).to(batch.y.dtype)
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        p = logits.float().sigmoid()
+        return F.binary_cross_entropy(p, p, reduction="none").sum(-1)
+
+    def fisher_factors(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """One vector for each scored output of a sequence, of length sqrt(p (1 - p)) there."""
+        p = logits.sigmoid()
+        return _one_output_each((p * (1 - p)).sqrt(), self.scored(batch))
+
+    def coded(self, y: Tensor, outputs: int) -> Tensor:
+        return 2 * y.double() - 1
+
 
 class Regression(Objective):
     """Real values: half the squared error, the likelihood of a unit Gaussian; scored by the mean squared error (lower
     is better). Predictions and targets [B, O] or [B, T, O]."""
 
-    kind = "value"
+    targets = ("value",)
     score_name = "mse"
     higher_is_better = False
 
@@ -173,12 +184,28 @@ class Regression(Objective):
         steps = torch.tensor(batch.y.shape[:-1].numel()) if scored is None else scored.sum()
         return 2 * self.losses(logits, batch).sum(), steps * batch.y.shape[-1]
 
+    def answer(self, logits: Tensor, like: Tensor) -> Tensor:
+        return logits.to(like.dtype)
 
-def _within(batch: Batch) -> Tensor | None:
-    valid = batch.valid()
-    if batch.mask is None or valid is None:
-        return valid if batch.mask is None else batch.mask
-    return batch.mask & valid
+    def sample(self, logits: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+        return logits + torch.randn(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+
+    def fisher_factors(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """One unit vector for each scored output of a sequence: the Gauss-Newton diagonal."""
+        return _one_output_each(torch.ones_like(logits), self.scored(batch))
+
+    def coded(self, y: Tensor, outputs: int) -> Tensor:
+        return y.double()
+
+
+def _one_output_each(scale: Tensor, scored: Tensor | None) -> Iterator[Tensor]:
+    if scored is not None:
+        scale = scale * scored[..., None]
+    for number, column in enumerate(scale.flatten(1).unbind(1)):
+        if bool(column.any()):
+            factor = torch.zeros_like(scale).flatten(1)
+            factor[:, number] = column
+            yield factor.view_as(scale)
 
 
 def _zeroed(values: Tensor, scored: Tensor | None) -> Tensor:
@@ -189,6 +216,6 @@ def _zeroed(values: Tensor, scored: Tensor | None) -> Tensor:
     return values.masked_fill(~(scored if values.ndim == 2 else scored[..., None]), 0)
 
 
-def objective_for(target: Target) -> Objective:
-    """The usual objective for a kind of target."""
-    return {o.kind: o for o in (Classification, Tagging, NextToken, Bits, Regression)}[target]()
+def objective_for(target: str) -> Objective:
+    """Usual objective for a stream's kind of target."""
+    return next(o() for o in (Classification, Tagging, NextToken, Bits, Regression) if target in o.targets)

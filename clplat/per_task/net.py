@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clplat.learners.nets.net import Net, Output, State
+from clplat.learners.objective import Objective
 from clplat.state import StateModule
 from clplat.streams.experience import Batch, Experience
 from clplat.weights import functional
@@ -193,7 +193,7 @@ def _joined(parts: list[Any], order: Tensor) -> Any:
 
 
 @torch.no_grad()
-def lowest_entropy(net: PerTaskNet, batch: Batch, kind: str, scored: Tensor | None) -> tuple[Tensor, Tensor]:
+def lowest_entropy(net: PerTaskNet, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor]:
     """Logits of each row under the task whose prediction for it is surest (HNET+ENT, von Oswald et al. 2020).
 
     The entropy of a row is that of its predictive distribution, in nats, summed over scored steps; a task of a wrong
@@ -202,25 +202,17 @@ def lowest_entropy(net: PerTaskNet, batch: Batch, kind: str, scored: Tensor | No
     Args:
         net: with at least one known task.
         batch: B rows.
-        kind: of the targets: "class", "tag" or "token" (softmax over C) or "bits" (independent bits).
-        scored: [B, T] bool, the steps that count; None: all.
+        objective: with an entropy, and the steps that count.
 
     Returns:
         Logits [B, C] or [B, T, C], and the label [B] that was chosen for each row.
 
     Raises:
-        ValueError: targets are values, whose predictions have no entropy.
+        Unsupported: the objective has no entropy.
     """
-    if kind == "value":
-        raise ValueError("task inference: real values are predicted without an entropy: use a task-incremental stream.")
     labels = net.tasks.known
     logits = torch.stack([net.as_task(batch, label).logits for label in labels])  # [K, B, ...]
-    if kind == "bits":
-        p = logits.float().sigmoid()
-        entropy = F.binary_cross_entropy(p, p, reduction="none").sum(-1)
-    else:
-        p = logits.float().softmax(-1)
-        entropy = torch.special.entr(p).sum(-1)
+    entropy, scored = objective.entropy(logits), objective.scored(batch)
     if entropy.ndim == 3:
         entropy = (entropy if scored is None else entropy * scored).sum(-1)
     best = entropy.argmin(0)  # [B]

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from clplat.learners.objective import Unsupported
 from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
 from clplat.per_task.generators import Generator, Piece
 from clplat.per_task.net import PerTaskNet, label_of, lowest_entropy
@@ -79,13 +81,17 @@ def check_answer(name: str, learner: Learner, experience: Experience) -> None:
     """Refuse a stream without task labels whose task could not be inferred.
 
     Raises:
-        ValueError: targets are real values, so predictions have no entropy.
+        ValueError: the objective's predictions have no entropy.
     """
-    if experience.task_label is None and learner.objective.kind == "value":
+    if experience.task_label is not None:
+        return
+    try:
+        learner.objective.entropy(torch.zeros(1, 1))
+    except Unsupported as error:
         raise ValueError(
-            f"{name}: without task labels the task is inferred by the entropy of predictions, and real values have "
-            "none: use a task-incremental stream."
-        )
+            f"{name}: without task labels the task is inferred by the entropy of predictions, and "
+            f"{type(learner.objective).__name__} has none: use a task-incremental stream."
+        ) from error
 
 
 def surest(learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
@@ -93,4 +99,4 @@ def surest(learner: Learner, batch: Batch, logits: Tensor) -> Tensor:
     net = learner.net
     if batch.task is not None or not isinstance(net, PerTaskNet) or len(net.tasks.known) < 2:
         return logits
-    return lowest_entropy(net, batch, learner.objective.kind, learner.objective.scored(batch))[0]
+    return lowest_entropy(net, batch, learner.objective)[0]

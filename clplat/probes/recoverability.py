@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from clplat.learners.learner import Learner
-from clplat.learners.objectives import Objective
+from clplat.learners.objective import Objective
 from clplat.streams.experience import Data, Experience
 from clplat.streams.loader import ChunkLoader, stable_seed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clplat.learners.objectives import Objective
+from clplat.learners.objective import Objective
 from clplat.rehearsal.policies import Grouped
 from clplat.state import StateModule
 from clplat.streams.experience import Batch
@@ -135,26 +135,17 @@ def answered_right(objective: Objective, logits: Tensor, batch: Batch, fraction:
     """[B] bool: whether each row is answered right.
 
     Args:
-        objective: its kind says what an answer is; not of real values.
+        objective: with answers that are right or wrong.
         logits: [B, C], or [B, T, C] (bits: [B, T, O]).
         batch: with the targets.
         fraction: a row with a target at every step is right if at least this share of its scored steps is (of its
             scored bits, for bits); rows without a scored step are right.
 
     Raises:
-        ValueError: regression, where an answer is neither right nor wrong.
+        Unsupported: an answer is neither right nor wrong.
     """
-    if objective.kind == "value":
-        raise ValueError(
-            "Real values are neither right nor wrong, so they cannot be forgotten in this sense: "
-            "choose a stream with classes, tags, tokens or bits."
-        )
-    if objective.kind == "class":
-        return logits.argmax(-1) == batch.y
-    scored = objective.scored(batch)
-    if objective.kind == "bits":
-        right = ((logits >= 0) == (batch.y > 0.5)).double().mean(-1)
-    else:
-        right = (logits.argmax(-1) == batch.y).double()
+    right, scored = objective.right(logits, batch), objective.scored(batch)
+    if right.ndim == 1:
+        return right >= 1
     scored = torch.ones_like(right) if scored is None else scored.double()
     return (right * scored).sum(1) >= fraction * scored.sum(1)

@@ -105,7 +105,7 @@ def mixed(learner: Learner, joined: Batch, hidden: Tensor, pairs: int, share: fl
     alone = torch.zeros_like(first, dtype=torch.bool)
     if joined.task is not None:
         alone |= joined.task[first] != joined.task[second]
-    if learner.logit_mask == "experience" and learner.objective.kind == "class":
+    if learner.logit_mask == "experience" and learner.objective.one_class:
         alone |= ~learner.same_experience[joined.y[first], joined.y[second]]
     second = torch.where(alone, first, second)
     one, two = joined.rows(first), joined.rows(second)

@@ -72,6 +72,6 @@ def every_logit(learner: Learner, batch: Batch, output: Output) -> Tensor:
     With logit_mask "experience" those of old classes are kept out of the objective on new rows: out of `output.logits`,
     where nothing could be distilled from them.
     """
-    if learner.logit_mask != "experience" or learner.objective.kind != "class":
+    if learner.logit_mask != "experience" or not learner.objective.one_class:
         return output.logits
     return learner.net.head(output.features, batch.task)

@@ -26,7 +26,8 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Inputs, Net, Output
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
-from clplat.learners.objectives import Objective, objective_for
+from clplat.learners.objective import Objective
+from clplat.learners.objectives import objective_for
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import UNSCORED, Batch, Data, Experience
 

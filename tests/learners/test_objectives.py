@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.learners.objectives import Bits, Classification, NextToken, Objective, Regression, Tagging, objective_for
+from clplat.learners.objective import Objective, Unsupported
+from clplat.learners.objectives import Bits, Classification, NextToken, Regression, Tagging, objective_for
 from clplat.learners.schedules import constant, steps_down, warmup_cosine
 from clplat.streams.experience import UNSCORED, Batch, Target, concatenate
 
@@ -254,33 +255,86 @@ def test_every_kind_has_its_objective_and_says_which_way_is_up() -> None:
     for kind, (made, name, higher) in kinds.items():
         objective = objective_for(kind)
         assert type(objective) is made
-        assert (objective.kind, objective.score_name, objective.higher_is_better) == (kind, name, higher)
+        assert (objective.targets, objective.score_name, objective.higher_is_better) == ((kind,), name, higher)
         assert objective.reduction == "mean"
 
 
 @each_kind
 def test_an_unknown_reduction_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="reduction: got 'median', allowed are 'mean' and 'sum'"):
+    with pytest.raises(ValueError, match="reduction: got 'median', allowed are 'mean', 'sum'"):
         TYPES[kind](reduction="median")
 
 
-@pytest.mark.parametrize("call", [Objective.losses, Objective.score])
-def test_the_base_says_what_a_subclass_lacks(call: Callable[..., Any]) -> None:
+def test_the_base_says_what_a_subclass_lacks() -> None:
     class Own(Objective):
-        kind = "class"
+        targets = ("class",)
 
-    with pytest.raises(TypeError, match="Own does not define"):
-        call(Own(), *example("class"))
+    own, (logits, batch), generator = Own(), example("class"), torch.Generator()
+    calls: list[Callable[[], Any]] = [
+        lambda: own.losses(logits, batch),
+        lambda: own.score(logits, batch),
+        lambda: own.answer(logits, batch.y),
+        lambda: own.right(logits, batch),
+        lambda: own.sample(logits, batch, generator),
+        lambda: own.entropy(logits),
+        lambda: own.fisher_factors(logits, batch),
+        lambda: own.coded(batch.y, 3),
+    ]
+    for call in calls:
+        with pytest.raises(Unsupported, match=r"objective: Own does not define .*\(.*\)\. Choose an option"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["class", "bits", "value"])
+def test_fisher_factors_are_the_covariance_of_the_score(kind: str) -> None:
+    """sum_k v_k v_k^T against the mean of the outer products of d log p / d logits over drawn targets."""
+    objective = objective_for(kind)
+    logits, batch = example(kind)
+    logits, batch = logits[:1].double(), batch.rows(torch.arange(1))
+    factors = torch.stack([f.flatten() for f in objective.fisher_factors(logits, batch)])
+    generator, outer, draws = torch.Generator().manual_seed(0), 0, 4000
+    many = Batch(*(t.expand(draws, *t.shape[1:]) for t in (batch.x, batch.y)))
+    wide = logits.expand(draws, *logits.shape[1:]).clone().requires_grad_()
+    drawn = Batch(many.x, objective.sample(wide.detach(), many, generator))
+    (slope,) = torch.autograd.grad(objective.log_likelihood(wide, drawn).sum(), wide)
+    outer = slope.flatten(1).mT @ slope.flatten(1) / draws
+    error = (outer - factors.mT @ factors).abs().max()
+    assert error < 5 * float(factors.square().sum(0).max()) / draws**0.5
+
+
+@pytest.mark.parametrize("kind", ["tag", "token"])
+def test_tags_have_no_exact_fisher_and_say_what_to_choose(kind: str) -> None:
+    with pytest.raises(Unsupported, match="set fisher=sampled or fisher=empirical"):
+        objective_for(kind).fisher_factors(*example(kind))
+
+
+def test_answers_are_right_where_they_equal_the_targets() -> None:
+    for kind in ("class", "tag", "token", "bits"):
+        objective, (logits, batch) = objective_for(kind), example(kind)
+        same = Batch(batch.x, objective.answer(logits, batch.y))
+        assert bool((objective.right(logits, same) == 1).all())
+    _, batch = example("bits")
+    one_of = torch.full_like(batch.y, 1.0)
+    one_of[..., 0] = -1.0
+    assert torch.equal(
+        objective_for("bits").right(one_of, Batch(batch.x, torch.ones_like(batch.y)))[0, 0],
+        torch.tensor(1 - 1 / batch.y.shape[-1], dtype=torch.float64),
+    )
+
+
+def test_entropies_are_those_of_the_distributions() -> None:
+    even = torch.zeros(2, 4)
+    assert objective_for("class").entropy(even).tolist() == pytest.approx([math.log(4)] * 2)
+    assert objective_for("bits").entropy(even).tolist() == pytest.approx([4 * math.log(2)] * 2)
+    sure = torch.tensor([[50.0, -50.0]])
+    assert float(objective_for("class").entropy(sure)) == pytest.approx(0, abs=1e-6)
 
 
 def factors(schedule: Callable[[int], float], steps: int) -> list[float]:
     return [schedule(step) for step in range(steps)]
 
 
-def test_a_constant_schedule_is_the_one_that_costs_nothing() -> None:
-    from clplat.learners.learner import unchanged
-
-    assert constant(7) is unchanged
+def test_a_constant_schedule_is_one_everywhere() -> None:
     assert factors(constant(7), 7) == [1.0] * 7
 
 
@@ -306,12 +360,12 @@ def test_steps_at_points_worked_out_by_hand() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: warmup_cosine(10, warmup=2), r"schedule.warmup: got 2, it must lie in 0..1"),
-        (lambda: warmup_cosine(10, warmup=-0.1), r"schedule.warmup: got -0.1"),
-        (lambda: warmup_cosine(10, final=math.nan), r"schedule.final: got nan"),
-        (lambda: steps_down(10, at=[0.5, 1.5]), r"schedule.at: got \[0.5, 1.5\], .* fractions .* 0..1"),
-        (lambda: steps_down(10, at=0.5), r"schedule.at: got 0.5, .* list"),  # type: ignore[arg-type]  # on purpose
-        (lambda: steps_down(10, at=[0.5], factor=0), r"schedule.factor: got 0, it must be above 0"),
+        (lambda: warmup_cosine(10, warmup=2), r"warmup: got 2, it must lie in 0..1"),
+        (lambda: warmup_cosine(10, warmup=-0.1), r"warmup: got -0.1"),
+        (lambda: warmup_cosine(10, final=math.nan), r"final: got nan"),
+        (lambda: steps_down(10, at=[0.5, 1.5]), r"at: got \[0.5, 1.5\], .* fractions .* 0..1"),
+        (lambda: steps_down(10, at=0.5), r"at: got 0.5, .* list"),  # type: ignore[arg-type]  # on purpose
+        (lambda: steps_down(10, at=[0.5], factor=0), r"factor: got 0, it must be above 0"),
     ],
 )
 def test_schedules_refuse_what_makes_no_sense(make: Callable[[], Any], message: str) -> None:
