@@ -176,6 +176,7 @@ def _short(value: Any) -> str:
 RENAMED: list[tuple[str, str]] = [
     (r"^/learner/strategy\.(?!parts\.)", "/learner/strategy.parts.NAME."),
     (r"^/learner/together$", "/learner/same_experience"),
+    (r"^params/((stream\.)+)as_$", r"params/\1layout"),
 ]
 """Patterns of keys that have another name since, and that name."""
 

@@ -22,14 +22,15 @@ import torch
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import Classification
 from clplat.rehearsal.policies import Reservoir
 from clplat.strategies.remind import Remind
+from clplat.streams.batch import concatenate
 from clplat.streams.data import TensorData
-from clplat.streams.experience import Batch, Experience, concatenate
+from clplat.streams.experience import Batch, Experience
+from clplat.streams.inputs import Inputs
 
 BASE, STEPS, FEATURES, HIDDEN = 500, 28, 28, 128
 
@@ -37,7 +38,7 @@ BASE, STEPS, FEATURES, HIDDEN = 500, 28, 28, 128
 def make(kind: str, strategy: Remind) -> Learner:
     """A net of two layers, its base initialised on random rows, ready for experience 1."""
     torch.manual_seed(0)
-    inputs, head = Inputs(FEATURES, steps=STEPS), partial(Head, outputs=10)
+    inputs, head = Inputs(FEATURES, length=STEPS), partial(Head, outputs=10)
     net = (
         recurrent(inputs, head, mixer=LSTM, hidden=HIDDEN, layers=2)
         if kind == "LSTM"

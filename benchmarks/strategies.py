@@ -29,7 +29,6 @@ from hydra.utils import instantiate
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
@@ -99,7 +98,7 @@ def measure(name: str, stream: Stream, steps: int) -> tuple[float, float, float]
     head: Any = partial(Head, outputs=stream.outputs)
     if stream.scenario == "task_incremental":
         head = partial(TaskHead, outputs=stream.outputs, tasks=[e.classes for e in stream])
-    net = recurrent(Inputs(stream.features, steps=stream.steps), head, mixer=LSTM, hidden=128)
+    net = recurrent(stream.inputs, head, mixer=LSTM, hidden=128)
     learner = Learner(net, Classification(), Composite({name: strategy}), partial(torch.optim.Adam, lr=1e-3))
     clock, ledger = Clock(), Ledger()
     trainer = pl.Trainer(
@@ -128,7 +127,7 @@ def streams(examples: int) -> dict[bool, Stream]:
     data = mnist(data_root=str(resolve_data_root(None)), download=False)
     made = {}
     for tasks in (False, True):
-        whole = split(data, experiences=5, as_="rows", task_incremental=tasks)
+        whole = split(data, experiences=5, layout="rows", task_incremental=tasks)
         for experience in whole:
             for part, count in ((experience.train, examples), (experience.test, 10)):
                 part.rows = part.rows[:count]  # type: ignore[attr-defined]  # tensors in memory, as `split` makes them

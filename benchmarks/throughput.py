@@ -37,7 +37,6 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
@@ -141,7 +140,7 @@ def ours(setting: Setting, stream: Stream, method: str) -> tuple[float, float, f
         "replay": partial(Replay, capacity=BUFFER, insert="after"),
         "EWC": partial(EWC, strength=1.0, mode="separate"),
     }
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     head = partial(Head, outputs=10)
     net = (
         mlp(inputs, head, hidden=setting.hidden) if setting.hidden else recurrent(inputs, head, mixer=LSTM, hidden=128)

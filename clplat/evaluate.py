@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from clplat.learners.learner import Learner
 from clplat.streams.experience import Data, Experience
-from clplat.streams.segments import SegmentData
 
 
 def evaluation(learner: Learner) -> AbstractContextManager[None]:
@@ -52,20 +50,13 @@ def evaluate(
 
 
 def _score(learner: Learner, data: Data, batch_size: int, examples: int | None, carries: bool) -> Tensor:
-    index = torch.arange(len(data))
-    if examples is not None and examples < len(data):
-        index = torch.linspace(0, len(data) - 1, examples, dtype=torch.float64).round().long()
     total = torch.zeros(3, device=learner.device, dtype=torch.float64)
     objective = learner.objective
-    batches, state = data.batches(index.split(batch_size)), None
-    carried = data if carries and isinstance(data, SegmentData) else None
-    if carried is not None:
-        batches = islice(carried.in_order(), max(len(index) // carried.rows, 1))
-    for batch in batches:
+    state = None
+    for batch, goes_on in data.test_batches(batch_size, examples, carries):
         batch = batch.to(learner.device)
-        output = learner.net(batch, state)
-        if carried is not None:
-            state = output.state
+        output = learner.net(batch, state if goes_on else None)
+        state = output.state
         logits = learner.strategy.predict(learner, batch, output.logits, output.features)
         value, count = objective.score(logits, batch)
         seen = value

@@ -27,9 +27,9 @@ from clplat.metrics import ScoreTable
 from clplat.settings import Evaluation, Training
 from clplat.stepper import Stepper
 from clplat.strategy import Session
-from clplat.streams.experience import Batch, Stream, StreamError
-from clplat.streams.loader import ChunkLoader
-from clplat.streams.segments import SegmentData, SegmentLoader, segmented, segments_of
+from clplat.streams.experience import Batch, Data, Stream, StreamError
+from clplat.streams.order import Order
+from clplat.streams.segments import segmented
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,9 @@ class Run:
             )
         if carries:
             for experience in stream:
-                _check_state(learner, segments_of(experience.train, training.batch_size))
+                # Refuses rows that are no batch.
+                experience.train.training(Order(training.batch_size, 1, training.seed, experience.index, carries=True))
+                _check_state(learner, experience.train)
         elif training.vary_segments:
             raise StreamError(
                 f"training.vary_segments: stream {stream.name!r} has no segments: set it to false, or choose stream=text."
@@ -237,26 +239,24 @@ class Run:
         learner, trainer, training = self.learner, self.trainer, self.training
         assert session.data is not None
         due = (training.log_every_n_steps, training.checkpoint_every_n_steps, self.evaluation.every_n_steps)
-        options: dict[str, Any] = {
-            "steps": length,
-            "seed": training.seed,
-            "experience": self.experience,
-            "start": self.step,
-            "chunk": training.chunk,
-            "cuts": [n for n in due if n is not None],
-            "offset": learner.steps - self.step,
-        }
-        nominal = None
+        order = Order(
+            training.batch_size,
+            steps=length,
+            seed=training.seed,
+            experience=self.experience,
+            start=self.step,
+            chunk=training.chunk,
+            cuts=[n for n in due if n is not None],
+            offset=learner.steps - self.step,
+            carries=self.carry is not None,
+            vary=training.vary_segments,
+        )
+        loader = session.data.training(order)
         if self.carry is not None:
-            data = segments_of(session.data, training.batch_size)
-            loader = SegmentLoader(data, vary=training.vary_segments, **options)
-            nominal = data.steps if training.vary_segments else None
             self.carry.to(learner.device)
-        else:
-            loader = ChunkLoader(session.data, batch_size=training.batch_size, **options)
         # Lightning's set-up may draw random numbers: what comes before the first step must not matter.
         state = checkpoint.random_state()
-        self.stepper.plan(length, self.step, nominal, lambda: checkpoint.set_random_state(state))
+        self.stepper.plan(length, self.step, loader.nominal, lambda: checkpoint.set_random_state(state))
         with one_fit(trainer, _BetweenChunks(self, learner.steps - self.step, length)):
             trainer.fit(self.stepper, train_dataloaders=loader)
 
@@ -308,9 +308,10 @@ class Run:
             )
 
 
-def _check_state(learner: Learner, data: SegmentData) -> None:
+def _check_state(learner: Learner, data: Data) -> None:
     """Refuse a net whose state grows, or that has none, by running two short segments."""
-    one = Batch(data.x[:1, :1], data.y[:1, :1], task=None if data.task is None else torch.tensor([data.task]))
+    first = data.batch(torch.zeros(1, dtype=torch.int64))
+    one = Batch(first.x[:, :1], first.y[:, :1], task=first.task)
     sizes: list[list[torch.Size]] = []
     state = None
     with learner.evaluating():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clplat.strategy import Session
-from clplat.streams.loader import passes_steps
+from clplat.streams.loader import batches_per_pass
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Training:
         if self.steps is not None:
             return round(self.steps * session.budget)
         assert self.epochs is not None
-        return self.epochs * passes_steps(len(session.data), self.batch_size)
+        return self.epochs * batches_per_pass(len(session.data), self.batch_size)
 
 
 @dataclass(frozen=True)

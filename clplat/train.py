@@ -135,7 +135,6 @@ def build_learner(cfg: DictConfig, stream: Any) -> Any:
     from clplat.learners.learner import Learner
     from clplat.learners.mixers.mixer import Mixer
     from clplat.learners.nets import heads
-    from clplat.learners.nets.net import Inputs
 
     options = dict(cfg.learner)
     net, kind = instantiate(options.pop("net")), options.pop("head")
@@ -158,7 +157,7 @@ def build_learner(cfg: DictConfig, stream: Any) -> Any:
     }
     if kind not in makers:
         raise ConfigError(f"learner.head: got {kind!r}, allowed are auto, {', '.join(makers)}.")
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     objective = instantiate(cfg.objective)
     if isinstance(objective, partial):
         objective = objective(stream.target)

@@ -10,7 +10,8 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.policies import Reservoir
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch
 
 
 class ERACE(Strategy):

@@ -9,7 +9,8 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.example_forgetting import MostForgotten, Presentations, answered_right
 from clplat.strategy import Session, Strategy
-from clplat.streams.experience import Batch, Experience, Stream, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch, Experience, Stream
 
 READ = 1024
 """Examples read at once when an experience is offered to the buffer."""

@@ -11,8 +11,9 @@ from clplat.learners.nets.net import Output
 from clplat.rehearsal.herding import herd, unit_features
 from clplat.rehearsal.policies import Ranked
 from clplat.strategy import Session, Strategy
-from clplat.streams.data import BatchData, UnionData
+from clplat.streams.data import BatchData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.union import UnionData
 from clplat.weights.teacher import Teacher, every_logit
 
 

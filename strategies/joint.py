@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from clplat.strategy import Session, Strategy
-from clplat.streams.data import UnionData
 from clplat.streams.experience import Stream
+from clplat.streams.union import UnionData
 
 
 class Joint(Strategy):

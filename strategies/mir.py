@@ -9,7 +9,8 @@ from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.policies import Reservoir
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch
 from clplat.weights import functional
 
 

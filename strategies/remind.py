@@ -20,9 +20,10 @@ from clplat.rehearsal.policies import Reservoir
 from clplat.rehearsal.product_quantizer import ProductQuantizer
 from clplat.rehearsal.quantised import OTHER_MASK, OTHER_Y, Quantised, coded, decoded, mixed
 from clplat.strategy import Session, Strategy
-from clplat.streams.data import UnionData
-from clplat.streams.experience import Batch, Data, Experience, Stream, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch, Data, Experience, Stream
 from clplat.streams.loader import stable_seed
+from clplat.streams.union import UnionData
 
 READ = 256
 """Examples of the base set encoded at once."""

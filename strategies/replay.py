@@ -15,7 +15,8 @@ from clplat.rehearsal.buffer import Buffer
 from clplat.rehearsal.herding import herd
 from clplat.rehearsal.policies import ClassBalanced, Grouped, Ranked, Reservoir, Ring
 from clplat.strategy import Strategy
-from clplat.streams.experience import Batch, Experience, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch, Experience
 
 READ = 1024
 """Examples read at once when a whole experience is offered to the buffer."""

@@ -17,7 +17,6 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.lightning import pl
 from clplat.run import Run
@@ -25,6 +24,7 @@ from clplat.settings import Training
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 torch.set_num_threads(1)
 
@@ -69,7 +69,7 @@ class Tiny:
             data, label = TensorData(x, y, task=k if tasks else None), k if tasks else None
             parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data, task_label=label))
         scenario = "task_incremental" if tasks else "class_incremental"
-        return Stream("tiny", tuple(parts), scenario, "class", 2 * experiences, features=5, steps=0)
+        return Stream("tiny", tuple(parts), scenario, "class", 2 * experiences, features=5, length=0)
 
     def learner(
         self, strategy: Strategy | None = None, stream: Stream | None = None, lr: float = 1e-2, **options: Any
@@ -79,7 +79,7 @@ class Tiny:
         head: Callable[[int], Head] = partial(Head, outputs=stream.outputs)
         if stream.scenario == "task_incremental":
             head = partial(TaskHead, outputs=stream.outputs, tasks=[e.classes for e in stream])
-        net = mlp(Inputs(features=5, steps=0), head, hidden=[7])
+        net = mlp(Inputs(features=5, length=0), head, hidden=[7])
         options = {"optimizer": partial(torch.optim.SGD, lr=lr)} | options
         return Learner(net, objective_for("class"), strategy, **options)
 

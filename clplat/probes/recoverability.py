@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from clplat.learners.learner import Learner
 from clplat.learners.objective import Objective
 from clplat.streams.experience import Data, Experience
-from clplat.streams.loader import ChunkLoader, stable_seed
+from clplat.streams.loader import stable_seed
+from clplat.streams.order import Order
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def recoverability(
         parameter.requires_grad_(True)
     before = _score(net, learner.objective, experience.test, batch_size, learner.device)
     made = (learner.handover.make if optimizer is None else optimizer)([{"params": list(net.parameters())}])
-    loader = ChunkLoader(experience.train if data is None else data, batch_size, steps, seed, experience.index)
+    order = Order(batch_size, steps, seed, experience.index)
+    loader = (experience.train if data is None else data).training(order)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(stable_seed(seed, "recoverability", experience.index))
         net.train()

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat.importance.fisher import untouched
-from clplat.streams.experience import Batch, Data, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import Batch, Data
 
 if TYPE_CHECKING:
     from clplat.learners.learner import Learner

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from clplat._torchvision import ensure_importable
-from clplat.streams.data import TensorData, WorkerData
+from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Data, Experience, Scenario, Stream, StreamError
 from clplat.streams.labelled import Layout, lay_out
 from clplat.streams.loader import stable_seed
 from clplat.streams.permuted import Permutation
+from clplat.streams.workers import WorkerData
 
 Reader = Callable[[Tensor], Tensor]
 """Reads the inputs of the examples `rows` [B] at once, transforms applied."""
@@ -30,18 +31,18 @@ Reader = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Options:
-    as_: Layout
+    layout: Layout
     vocabulary: int | None
     cache: bool
     workers: int
 
     def lay_out(self, x: Tensor) -> Tensor:
-        return (x if self.vocabulary is not None else lay_out(x, self.as_)).contiguous()
+        return (x if self.vocabulary is not None else lay_out(x, self.layout)).contiguous()
 
 
 def from_avalanche(
     benchmark: Any,
-    as_: Layout = "rows",
+    layout: Layout = "rows",
     scenario: Scenario | None = None,
     vocabulary: int | None = None,
     order_seed: int = 0,
@@ -55,7 +56,7 @@ def from_avalanche(
 
     Args:
         benchmark: a benchmark (`avalanche.benchmarks.CLScenario`), or a function without arguments that makes one.
-        as_: layout of the inputs; images may be [channels, H, W].
+        layout: of the inputs (see `lay_out`); images may be [channels, H, W].
         scenario: what kind of stream it is. None: task-incremental if experiences have different task labels,
             domain-incremental if all have the same classes, else class-incremental.
         vocabulary: number of token ids if examples are [T] integers; None if they are floats.
@@ -71,7 +72,7 @@ def from_avalanche(
             no tensors of one shape, or a random augmentation would be frozen by `cache`.
     """
     ensure_importable()
-    options = _Options(as_, vocabulary, cache, workers)
+    options = _Options(layout, vocabulary, cache, workers)
     # Avalanche draws from (and seeds) the global generators.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(order_seed, "avalanche"))
@@ -118,7 +119,7 @@ def from_avalanche(
         outputs=1 + max(int(t.max()) for t in (d.targets() for d in everything) if t is not None),
         features=None if vocabulary is not None else first.shape[-1],
         vocabulary=vocabulary,
-        steps=0 if first.ndim == 2 and vocabulary is None else first.shape[1],
+        length=0 if first.ndim == 2 and vocabulary is None else first.shape[1],
     )
 
 

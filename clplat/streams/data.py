@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clplat.streams.experience import Batch, Data, StreamError, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import UNSCORED, Batch, Data, StreamError
 
 Transform = Callable[[Tensor], Tensor]
 """Changes the inputs of a whole batch, [B, ...] -> [B, ...], without randomness."""
@@ -123,7 +124,7 @@ class RaggedData:
         x = x.masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 2)), 0)
         if self.per_step:
             y = self.y[source]
-            fill = 0 if y.is_floating_point() else -100
+            fill = 0 if y.is_floating_point() else UNSCORED
             y = y.masked_fill(~valid.view(*valid.shape, *[1] * (y.ndim - 2)), fill)
         else:
             y = self.y[rows]

@@ -22,7 +22,7 @@ def domain(
     domain_order: Literal["natural", "random"] = "natural",
     order_seed: int = 0,
     task_incremental: bool = False,
-    as_: Layout = "rows",
+    layout: Layout = "rows",
     valid_fraction: float = 0.0,
     data_seed: int = 0,
 ) -> Stream:
@@ -36,7 +36,7 @@ def domain(
         domain_order: "natural" (ascending) or "random" (by `order_seed`).
         order_seed: of the random order; not the training seed.
         task_incremental: tell the learner which domain an example is from.
-        as_: layout of the inputs.
+        layout: of the inputs (see `lay_out`).
         valid_fraction: share of the training examples of every class of every domain to hold out, 0..1.
         data_seed: of that choice.
 
@@ -58,7 +58,7 @@ def domain(
     if domain_order == "random":
         generator = torch.Generator().manual_seed(stable_seed(order_seed, "domain order"))
         found = found[torch.randperm(len(found), generator=generator)]
-    laid = source.laid_out(as_)
+    laid = source.laid_out(layout)
     balance = source.train_domain * source.classes + source.train_y
     train, valid = hold_out(balance, valid_fraction, data_seed)
     parts = []

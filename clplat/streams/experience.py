@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat.errors import UserError
+from clplat.streams.inputs import Inputs
 
 UNSCORED = -100
 """The target of a step that is neither trained on nor scored (PyTorch's `ignore_index`)."""
@@ -214,7 +215,7 @@ class Stream:
         outputs: number of classes, tags or tokens C, of bits, or of regression values O.
         features: D, the width of float inputs; None for token inputs.
         vocabulary: the number of token ids; None for float inputs.
-        steps: T where every sequence has the same length, else None; 0 for inputs without a time axis.
+        length: T where every sequence has the same number of time steps. None: lengths differ. 0: no time axis.
         per_step: True when there is a target at every time step.
     """
 
@@ -225,8 +226,13 @@ class Stream:
     outputs: int
     features: int | None = None
     vocabulary: int | None = None
-    steps: int | None = None
+    length: int | None = None
     per_step: bool = False
+
+    @property
+    def inputs(self) -> Inputs:
+        """What a net is built for."""
+        return self.inputs
 
     def __len__(self) -> int:
         """The number of experiences K."""

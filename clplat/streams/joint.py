@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from clplat.streams.data import TensorData, UnionData
+from clplat.streams.data import TensorData
 from clplat.streams.experience import Data, Experience, Stream, StreamError
+from clplat.streams.union import UnionData
 
 
 def joint(stream: Stream) -> Stream:

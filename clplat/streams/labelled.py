@@ -74,32 +74,34 @@ class Labelled:
                 f"got {list(self.train_x.shape[1:])} and {list(self.test_x.shape[1:])}."
             )
 
-    def laid_out(self, as_: Layout) -> Labelled:
+    def laid_out(self, layout: Layout) -> Labelled:
         """The same data set in another layout (see `lay_out`)."""
-        return replace(self, train_x=lay_out(self.train_x, as_), test_x=lay_out(self.test_x, as_))
+        return replace(self, train_x=lay_out(self.train_x, layout), test_x=lay_out(self.test_x, layout))
 
 
-def lay_out(x: Tensor, as_: Layout) -> Tensor:
+def lay_out(x: Tensor, layout: Layout) -> Tensor:
     """Examples as vectors or as sequences; pixels keep their order, row by row.
 
     Args:
         x: [N, H, W], [N, channels, H, W], [N, T, D] or [N, D].
-        as_: "pixels" gives [N, all values]; "rows" gives [N, H, W] (channels side by side: [N, H, channels * W]);
+        layout: "pixels" gives [N, all values]; "rows" gives [N, H, W] (channels side by side: [N, H, channels * W]);
             "steps" gives [N, H * W, 1] ([N, H * W, channels]), one pixel a time step.
 
     Raises:
         StreamError: an unknown layout, or rows of vectors, which have none.
     """
-    if as_ not in get_args(Layout):
-        raise StreamError(f"as_: got {as_!r}, allowed are {', '.join(get_args(Layout))}.")
+    if layout not in get_args(Layout):
+        raise StreamError(f"layout: got {layout!r}, allowed are {', '.join(get_args(Layout))}.")
     if x.ndim not in (2, 3, 4):
-        raise StreamError(f"as_={as_}: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}.")
-    if as_ == "pixels":
+        raise StreamError(
+            f"layout={layout}: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}."
+        )
+    if layout == "pixels":
         return x.flatten(1)
-    if as_ == "steps":
+    if layout == "steps":
         return x.flatten(2).transpose(1, 2).contiguous() if x.ndim == 4 else x.flatten(1).unsqueeze(-1)
     if x.ndim == 2:
-        raise StreamError(f"as_=rows: vectors {list(x.shape)} have no rows; use as_=pixels or as_=steps.")
+        raise StreamError(f"layout=rows: vectors {list(x.shape)} have no rows; use layout=pixels or layout=steps.")
     return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
 
 
@@ -186,5 +188,5 @@ def make_stream(name: str, experiences: Sequence[Experience], scenario: Scenario
         target="class",
         outputs=source.classes,
         features=source.train_x.shape[-1],
-        steps=source.train_x.shape[1] if sequences else 0,
+        length=source.train_x.shape[1] if sequences else 0,
     )

@@ -74,7 +74,7 @@ class ChunkLoader:
         return self.data.batches(self._indices())
 
     def _indices(self) -> Iterator[Tensor]:
-        per_pass = passes_steps(len(self.data), self.batch_size)
+        per_pass = batches_per_pass(len(self.data), self.batch_size)
         order: list[Tensor] = []
         for step in range(self.start, self.steps):
             number, at = divmod(step, per_pass)
@@ -84,7 +84,7 @@ class ChunkLoader:
             yield order[at]
 
 
-def passes_steps(examples: int, batch_size: int) -> int:
+def batches_per_pass(examples: int, batch_size: int) -> int:
     """Batches in one pass over the data."""
     return -(-examples // batch_size)
 

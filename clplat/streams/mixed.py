@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clplat.streams.data import gather
 from clplat.streams.experience import Batch, Data, StreamError
+from clplat.streams.union import gather
 
 WEIGHED = 256
 """Examples that `data_bytes` looks at."""

@@ -124,6 +124,6 @@ def mqar(
         target="tag",
         outputs=vocabulary,
         vocabulary=vocabulary,
-        steps=length,
+        length=length,
         per_step=True,
     )

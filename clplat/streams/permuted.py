@@ -38,7 +38,7 @@ def permuted(
     first_identity: bool = True,
     order_seed: int = 0,
     task_incremental: bool = False,
-    as_: Layout = "rows",
+    layout: Layout = "rows",
     valid_fraction: float = 0.0,
     data_seed: int = 0,
 ) -> Stream:
@@ -52,7 +52,7 @@ def permuted(
         first_identity: leave the first experience in its natural order.
         order_seed: of the permutations; not the training seed.
         task_incremental: tell the learner which experience an example is from.
-        as_: layout of the inputs.
+        layout: of the inputs (see `lay_out`).
         valid_fraction: share of every class's training examples to hold out, 0..1.
         data_seed: of that choice.
 
@@ -61,7 +61,7 @@ def permuted(
     """
     if experiences < 1:
         raise StreamError(f"experiences must be at least 1, got {experiences}.")
-    laid = source.laid_out(as_)
+    laid = source.laid_out(layout)
     values = laid.train_x[0].numel()
     blocks = _blocks(source, laid, permute)
     generator = torch.Generator().manual_seed(stable_seed(order_seed, "permutations"))
@@ -87,5 +87,5 @@ def _blocks(source: Labelled, laid: Labelled, permute: str) -> int:
         raise StreamError(f"permute: got {permute!r}, allowed are pixels, rows and steps.")
     x = source.train_x if permute == "rows" else laid.train_x
     if x.ndim == 2:
-        raise StreamError(f"permute={permute}: inputs [N, {x.shape[1]}] have none; use permute=pixels, or as_=rows.")
+        raise StreamError(f"permute={permute}: inputs [N, {x.shape[1]}] have none; use permute=pixels, or layout=rows.")
     return x.shape[1]

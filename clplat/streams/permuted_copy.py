@@ -113,6 +113,6 @@ def permuted_copy(
         target="bits",
         outputs=width,
         features=width + 1,
-        steps=input_steps + 1 + pattern_steps,
+        length=input_steps + 1 + pattern_steps,
         per_step=True,
     )

@@ -61,7 +61,7 @@ def rotated(
     source: Labelled,
     angles: Sequence[float] = (0, 45, 90, 135, 180),
     task_incremental: bool = False,
-    as_: Layout = "rows",
+    layout: Layout = "rows",
     valid_fraction: float = 0.0,
     data_seed: int = 0,
 ) -> Stream:
@@ -71,7 +71,7 @@ def rotated(
         source: images [N, H, W].
         angles: degrees, counter-clockwise, one an experience.
         task_incremental: tell the learner which experience an example is from.
-        as_: layout of the inputs, after the rotation.
+        layout: of the inputs (see `lay_out`), after the rotation.
         valid_fraction: share of every class's training examples to hold out, 0..1.
         data_seed: of that choice.
 
@@ -83,7 +83,7 @@ def rotated(
     if source.train_x.ndim != 3:
         raise StreamError(f"Only images [N, H, W] can be rotated, {source.name} has {list(source.train_x.shape)}.")
     height, width = source.train_x.shape[1:]
-    laid = source.laid_out(as_)
+    laid = source.laid_out(layout)
     train, valid = hold_out(source.train_y, valid_fraction, data_seed)
     test = torch.arange(len(source.test_y))
     parts = []

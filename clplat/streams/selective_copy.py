@@ -114,6 +114,6 @@ def selective_copy(
         target="tag",
         outputs=vocabulary,
         vocabulary=vocabulary,
-        steps=blanks + 2 * tokens,
+        length=blanks + 2 * tokens,
         per_step=True,
     )

@@ -21,7 +21,7 @@ def split(
     order_seed: int = 0,
     task_incremental: bool = False,
     labels_from_zero: bool = False,
-    as_: Layout = "rows",
+    layout: Layout = "rows",
     valid_fraction: float = 0.0,
     data_seed: int = 0,
 ) -> Stream:
@@ -37,7 +37,7 @@ def split(
         order_seed: of the random order; not the training seed.
         task_incremental: tell the learner which experience an example is from.
         labels_from_zero: label classes by their place in their experience, 0, 1, ...; experiences of equal size only.
-        as_: layout of the inputs.
+        layout: of the inputs (see `lay_out`).
         valid_fraction: share of every class's training examples to hold out, 0..1.
         data_seed: of that choice.
 
@@ -47,7 +47,7 @@ def split(
     """
     order = _order(source.classes, class_order, order_seed)
     sizes = _sizes(source.classes, experiences, classes_per_experience)
-    source = source.laid_out(as_)
+    source = source.laid_out(layout)
     data = _from_zero(source, order, sizes) if labels_from_zero else source
     train, valid = hold_out(source.train_y, valid_fraction, data_seed)
     parts = []

@@ -23,13 +23,14 @@ from clplat.learners.mixers.gru import GRU
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Net, Output
+from clplat.learners.nets.net import Net, Output
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objective import Objective
 from clplat.learners.objectives import objective_for
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import UNSCORED, Batch, Data, Experience
+from clplat.streams.inputs import Inputs
 
 B, T, D, H, C, V = 9, 6, 4, 8, 5, 11
 
@@ -294,7 +295,7 @@ def ragged(per_step: bool) -> tuple[RaggedData, list[int]]:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_the_fisher_of_every_net_goes_fast_and_equals_the_loop(net: str, kind: str) -> None:
-    made = learner(NETS[net], Inputs(features=D, steps=T))
+    made = learner(NETS[net], Inputs(features=D, length=T))
     data = TensorData(torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B,)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -324,7 +325,7 @@ def naive_exact(made: Learner, data: Data) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("net", ["lstm", "transformer"])
 def test_the_exact_fisher_is_the_expectation_over_all_classes(net: str) -> None:
-    made = learner(NETS[net], Inputs(features=D, steps=T))
+    made = learner(NETS[net], Inputs(features=D, length=T))
     data = TensorData(2 * torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B,)))
     got, right = fisher(made, data, "exact", None, generator()), naive_exact(made, data)
     for name in right:
@@ -332,7 +333,7 @@ def test_the_exact_fisher_is_the_expectation_over_all_classes(net: str) -> None:
 
 
 def softmax_regression() -> tuple[Learner, TensorData]:
-    made = learner(partial(mlp, hidden=[]), Inputs(features=D, steps=0))
+    made = learner(partial(mlp, hidden=[]), Inputs(features=D, length=0))
     return made, TensorData(torch.randn(40, D, dtype=torch.float64), torch.randint(C, (40,)))
 
 
@@ -359,7 +360,7 @@ def test_the_mean_of_many_sampled_fishers_is_the_exact_one() -> None:
 
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
 def test_the_batch_size_changes_nothing(kind: str) -> None:
-    made = learner(NETS["gru"], Inputs(features=D, steps=T))
+    made = learner(NETS["gru"], Inputs(features=D, length=T))
     data = TensorData(torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B,)))
     one, four, all_ = (fisher(made, data, kind, None, generator(), batch_size=n) for n in (1, 4, 100))
     for name in all_:
@@ -379,7 +380,7 @@ def test_the_empirical_fisher_is_not_the_square_of_the_mean_gradient() -> None:
 @pytest.mark.parametrize("net", ["lstm", "elman", "transformer"])
 def test_padding_changes_nothing(net: str, kind: str) -> None:
     data, lengths = ragged(per_step=False)
-    made = learner(NETS[net], Inputs(features=D, steps=None))
+    made = learner(NETS[net], Inputs(features=D, length=None))
     padded = fisher(made, data, kind, None, generator(), batch_size=len(lengths))
     alone = fisher(made, data, kind, None, generator(), batch_size=1)
     for name in padded:
@@ -389,7 +390,7 @@ def test_padding_changes_nothing(net: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])
 def test_unscored_steps_and_padding_count_nothing(kind: str) -> None:
     data, lengths = ragged(per_step=True)
-    made = learner(NETS["lstm"], Inputs(features=D, steps=None, per_step=True), "tag")
+    made = learner(NETS["lstm"], Inputs(features=D, length=None, per_step=True), "tag")
     got = fisher(made, data, kind, None, generator(), batch_size=3)
     if kind == "sampled":
         assert all(bool(f.isfinite().all()) and float(f.max()) > 0 for f in got.values())
@@ -413,7 +414,7 @@ def test_unscored_steps_and_padding_count_nothing(kind: str) -> None:
 @pytest.mark.parametrize(("net", "target"), [("mlp", "value"), ("lstm", "value"), ("lstm", "bits")])
 def test_values_and_bits(net: str, target: str) -> None:
     per_step = net == "lstm"
-    made = learner(NETS[net], Inputs(features=D, steps=3, per_step=per_step), target, outputs=2)
+    made = learner(NETS[net], Inputs(features=D, length=3, per_step=per_step), target, outputs=2)
     x, mask = torch.randn(B, 3, D, dtype=torch.float64), torch.rand(B, 3) < 0.6
     y = torch.rand(B, 3, 2, dtype=torch.float64).round() if per_step else torch.randn(B, 2, dtype=torch.float64)
     data = TensorData(x, y, mask=mask if per_step else None)
@@ -441,7 +442,7 @@ def test_only_classes_that_compete_count() -> None:
     experience = Experience(
         0, "two", (1, 3), train=(data := TensorData(torch.randn(B, D).double(), torch.ones(B).long())), test=data
     )
-    seen = learner(partial(mlp, hidden=[H]), Inputs(features=D, steps=0), logit_mask="seen")
+    seen = learner(partial(mlp, hidden=[H]), Inputs(features=D, length=0), logit_mask="seen")
     seen.shape_for(experience)
     got, right = fisher(seen, data, "exact", None, generator()), naive_exact(seen, data)
     for name in right:
@@ -449,12 +450,12 @@ def test_only_classes_that_compete_count() -> None:
     rows = got["head.linear.bias"]
     assert (rows > 0).tolist() == [False, True, False, True, False]
 
-    growing = learner(partial(mlp, hidden=[H]), Inputs(features=D, steps=0), head=partial(GrowingHead, outputs=C))
+    growing = learner(partial(mlp, hidden=[H]), Inputs(features=D, length=0), head=partial(GrowingHead, outputs=C))
     growing.shape_for(experience)
     assert (fisher(growing, data, "exact", None, generator())["head.linear.bias"] > 0).tolist() == rows.bool().tolist()
 
     head = partial(TaskHead, outputs=C, tasks=[(0, 2), (1, 3)])
-    tasks = learner(partial(mlp, hidden=[H]), Inputs(features=D, steps=0), head=head)
+    tasks = learner(partial(mlp, hidden=[H]), Inputs(features=D, length=0), head=head)
     labelled = TensorData(data.x, data.y, task=1)
     assert (fisher(tasks, labelled, "exact", None, generator())["head.linear.bias"] > 0).tolist() == [False] * 2 + [
         True
@@ -462,7 +463,7 @@ def test_only_classes_that_compete_count() -> None:
 
 
 def test_nothing_of_the_learner_or_of_the_global_random_state_changes() -> None:
-    made = learner(NETS["lstm"], Inputs(features=D, steps=T))
+    made = learner(NETS["lstm"], Inputs(features=D, length=T))
     made.net.add_module("norm", nn.BatchNorm1d(3))
     data = TensorData(torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B,)))
     made.train()
@@ -497,7 +498,7 @@ def test_the_subset_is_a_function_of_the_generator() -> None:
 
 @pytest.mark.parametrize("target", ["tag", "token"])
 def test_exact_is_refused_for_sequences_of_answers(target: str) -> None:
-    made = learner(NETS["lstm"], Inputs(features=D, steps=T, per_step=True), target)
+    made = learner(NETS["lstm"], Inputs(features=D, length=T, per_step=True), target)
     data = TensorData(torch.randn(B, T, D, dtype=torch.float64), torch.randint(C, (B, T)))
     with pytest.raises(ValueError, match=r"fisher: got 'exact'.* set fisher=sampled or fisher=empirical"):
         fisher(made, data, "exact", None, generator())
@@ -512,7 +513,7 @@ def test_wrong_options_are_refused() -> None:
 
 
 def test_one_example_and_float32() -> None:
-    made = Learner(NETS["lstm"](Inputs(features=D, steps=T), partial(Head, outputs=C)), objective_for("class"))
+    made = Learner(NETS["lstm"](Inputs(features=D, length=T), partial(Head, outputs=C)), objective_for("class"))
     assert isinstance(made.objective, Objective)
     data = TensorData(torch.randn(1, T, D), torch.randint(C, (1,)))
     fast, slow = (fisher(made, data, "exact", None, generator(), way=way) for way in ("taps", "single"))

@@ -27,8 +27,9 @@ from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.s4d import S4D
 from clplat.learners.nets.gated import GatedBlock, gated, hgrn
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.streams.experience import Batch
+from clplat.streams.inputs import Inputs
 
 B, D, H = 3, 7, 12
 

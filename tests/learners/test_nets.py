@@ -27,11 +27,12 @@ from clplat.learners.nets.awd import awd
 from clplat.learners.nets.gated import gated, hgrn
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import residual, transformer
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience
+from clplat.streams.inputs import Inputs
 
 CONF = Path(__file__).parents[2] / "conf" / "learner"
 B, T, D, H, C, VOCABULARY = 5, 7, 11, 40, 6, 13
@@ -46,7 +47,7 @@ SEQUENCE: dict[str, Callable[..., Net]] = {
     "transformer_bidirectional": partial(transformer, hidden=H, causal=False),
 }
 NETS = {**SEQUENCE, "mlp": partial(mlp, hidden=[H, 20]), "linear": partial(mlp, hidden=[])}
-FLOATS, TOKENS = Inputs(features=D, steps=T), Inputs(vocabulary=VOCABULARY, steps=T)
+FLOATS, TOKENS = Inputs(features=D, length=T), Inputs(vocabulary=VOCABULARY, length=T)
 
 each_net = pytest.mark.parametrize("name", NETS)
 each_sequence_net = pytest.mark.parametrize("name", SEQUENCE)
@@ -67,7 +68,7 @@ def batch_of(inputs: Inputs, rows: int = B) -> Batch:
     x = torch.randn(rows, T, D, dtype=torch.float64)
     if inputs.vocabulary is not None:
         x = torch.randint(inputs.vocabulary, (rows, T))
-    elif inputs.steps == 0:
+    elif inputs.length == 0:
         x = x[:, 0]
     return Batch(x=x, y=torch.zeros(rows, dtype=torch.int64))
 
@@ -110,7 +111,7 @@ def test_a_target_at_every_step_gives_logits_at_every_step(name: str, kind: Inpu
 
 
 def test_an_mlp_reads_vectors() -> None:
-    kind = Inputs(features=D, steps=0)
+    kind = Inputs(features=D, length=0)
     net, batch = build("mlp", kind), batch_of(kind)
     first, first_bias, second, second_bias = net.blocks.parameters()
     hidden = (batch.x @ first.T + first_bias).relu()
@@ -120,7 +121,7 @@ def test_an_mlp_reads_vectors() -> None:
 def test_an_mlp_flattens_sequences() -> None:
     batch = batch_of(FLOATS)
     flat = replace(batch, x=batch.x.reshape(B, T * D))
-    close(build("mlp")(batch).logits, build("mlp", Inputs(features=T * D, steps=0))(flat).logits)
+    close(build("mlp")(batch).logits, build("mlp", Inputs(features=T * D, length=0))(flat).logits)
 
 
 @pytest.mark.parametrize("make", [partial(mlp), partial(transformer), partial(recurrent, mixer=LSTM, layers=2)])
@@ -306,8 +307,8 @@ def test_a_growing_head_fits_its_checkpoint_at_any_time() -> None:
 
 @pytest.mark.parametrize("make", [partial(recurrent, mixer=LSTM), transformer])
 def test_sequence_nets_refuse_inputs_without_time(make: Callable[..., Net]) -> None:
-    with pytest.raises(ValueError, match=r"\[B, 11\] without.*set stream\.as_=rows.*learner=mlp"):
-        make(Inputs(features=D, steps=0), shared)
+    with pytest.raises(ValueError, match=r"\[B, 11\] without.*set stream\.layout=rows.*learner=mlp"):
+        make(Inputs(features=D, length=0), shared)
     net = make(FLOATS, shared, hidden=H)
     hidden = torch.zeros(B, net.lower(batch_of_float32(), 0)[0].shape[-1])
     with pytest.raises(ValueError, match=r"maps \[B, T, [DH]\], got \[5, (11|40)\]"):

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from clplat.learners.objective import Objective, Unsupported
 from clplat.learners.objectives import Bits, Classification, NextToken, Regression, Tagging, objective_for
 from clplat.learners.schedules import constant, steps_down, warmup_cosine
-from clplat.streams.experience import UNSCORED, Batch, Target, concatenate
+from clplat.streams.batch import concatenate
+from clplat.streams.experience import UNSCORED, Batch, Target
 
 B, T, C, D = 4, 6, 5, 3
 LENGTHS = torch.tensor([6, 3, 1, 5])

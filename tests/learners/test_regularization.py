@@ -24,7 +24,7 @@ from clplat.learners.mixers.elman import Elman
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.awd import AWDNet, awd
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import residual
 from clplat.learners.objectives import objective_for
@@ -35,9 +35,10 @@ from clplat.settings import Evaluation, Training
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 B, T, D, H, C, V = 5, 7, 4, 8, 6, 11
-FLOATS, TOKENS = Inputs(features=D, steps=T), Inputs(vocabulary=V, steps=T)
+FLOATS, TOKENS = Inputs(features=D, length=T), Inputs(vocabulary=V, length=T)
 OFF: dict[str, float] = dict.fromkeys(("embedding_dropout", "input_dropout", "dropout", "output_dropout"), 0.0)
 
 
@@ -205,7 +206,7 @@ def test_what_an_awd_net_does_not_take() -> None:
     with pytest.raises(ValueError, match=r"embedding_dropout: got 1\.0"):
         awd_net(TOKENS, embedding_dropout=1.0)
     with pytest.raises(ValueError, match="An AWD net learns sequences"):
-        awd_net(Inputs(features=D, steps=0))
+        awd_net(Inputs(features=D, length=0))
 
 
 # Penalties
@@ -244,13 +245,13 @@ def stream_of(experiences: int = 2, held_out: bool = False) -> Stream:
             data.append(TensorData(torch.randn(n, 5, D, generator=generator) + y[:, None, None], y))
         valid = data[2] if held_out else None
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data[0], test=data[1], valid=valid))
-    return Stream("s", tuple(parts), "class_incremental", "class", 2 * experiences, features=D, steps=5)
+    return Stream("s", tuple(parts), "class_incremental", "class", 2 * experiences, features=D, length=5)
 
 
 def learner_of(stream: Stream, strategy: Strategy | None = None, optimizer: Any = None, **options: Any) -> Learner:
     torch.manual_seed(1)
     net = awd(
-        Inputs(features=D, steps=5),
+        Inputs(features=D, length=5),
         partial(Head, outputs=stream.outputs),
         mixer=partial(LSTM, weight_drop=0.3),
         hidden=H,
@@ -292,7 +293,7 @@ def test_a_strong_penalty_of_orthogonality_is_obeyed(trainer: Callable[..., pl.T
         torch.manual_seed(1)
         stream = stream_of(1)
         mixer = partial(Elman, orthogonality=strength)
-        net = recurrent(Inputs(features=D, steps=5), partial(Head, outputs=2), mixer=mixer, hidden=H)
+        net = recurrent(Inputs(features=D, length=5), partial(Head, outputs=2), mixer=mixer, hidden=H)
         learner = Learner(net, objective_for("class"), None, partial(torch.optim.SGD, lr=0.03))
         Run(stream, learner, trainer(), Training(batch_size=16, steps=150)).go()
         u = net.get_parameter("blocks.0.mixer.rnn.weight_hh_l0").detach()

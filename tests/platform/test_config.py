@@ -177,7 +177,7 @@ def refusal(learner: str, head: str, stream: Stream) -> str | None:
         return "looks ahead and sees the next token"
     if learner == "mlp" and stream.per_step:
         return "An MLP gives one answer a sequence"
-    if learner == "mlp" and stream.steps is None:
+    if learner == "mlp" and stream.length is None:
         return "An MLP needs sequences of one length"
     return None
 
@@ -358,7 +358,7 @@ def test_values_that_do_not_fit(value: Any, hint: Any, expected: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["stream.as_=columns"], "stream.as_: got 'columns', expected pixels, rows, steps."),
+        (["stream.layout=columns"], "stream.layout: got 'columns', expected pixels, rows, steps."),
         (["learner.net.layers=two"], "learner.net.layers: got 'two', expected a whole number."),
         (["learner.net.mixer.forget_bias=high"], "learner.net.mixer.forget_bias: got 'high', expected a number."),
         (["+learner.net.wings=2"], "learner.net.wings: unknown key"),

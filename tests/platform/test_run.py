@@ -17,7 +17,7 @@ from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner, NonFiniteLoss
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification, objective_for
 from clplat.run import Run
@@ -42,12 +42,12 @@ def tiny_stream(experiences: int = 3, examples: int = 70) -> Stream:
             x = torch.randn(n, 5, 4, generator=generator) + y[:, None, None] * 0.7
             data.append(TensorData(x, y))
         parts.append(Experience(k, f"pair {k}", (2 * k, 2 * k + 1), train=data[0], test=data[1]))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 2 * experiences, features=4, steps=5)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", 2 * experiences, features=4, length=5)
 
 
 def tiny_learner(stream: Stream, strategy: Strategy | None = None, head: type[Head] = Head, **options: Any) -> Learner:
     torch.manual_seed(1)
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     net = recurrent(inputs, partial(head, outputs=stream.outputs), mixer=LSTM, hidden=8, layers=2, dropout=0.3)
     return Learner(net, objective_for(stream.target), strategy, partial(torch.optim.Adam, lr=1e-2), **options)
 

@@ -25,7 +25,6 @@ from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
@@ -33,7 +32,7 @@ from clplat.rehearsal.buffer import Buffer
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategy import Composite, Strategy
-from clplat.streams.data import TensorData
+from clplat.streams.data import Examples, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
@@ -122,7 +121,7 @@ every = pytest.mark.parametrize("name", sorted(CASES))
 both = pytest.mark.parametrize("net", ["lstm", "transformer"])
 
 
-class Guarded:
+class Guarded(Examples):
     """Test data that may be read in evaluation only."""
 
     evaluating = False
@@ -161,7 +160,7 @@ def make_stream(tasks: bool = False, guarded: bool = False) -> Stream:
         )
         parts.append(part)
     scenario = "task_incremental" if tasks else "class_incremental"
-    return Stream("tiny", tuple(parts), scenario, "class", 6, features=4, steps=5)
+    return Stream("tiny", tuple(parts), scenario, "class", 6, features=4, length=5)
 
 
 def _examples(k: int, n: int, generator: torch.Generator, task: int | None) -> TensorData:
@@ -171,7 +170,7 @@ def _examples(k: int, n: int, generator: torch.Generator, task: int | None) -> T
 
 def make_learner(stream: Stream, strategy: Strategy | None, net: str) -> Learner:
     torch.manual_seed(1)
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     head: Callable[[int], Head] = partial(Head, outputs=stream.outputs)
     if stream.scenario == "task_incremental":
         head = partial(TaskHead, outputs=stream.outputs, tasks=[e.classes for e in stream])

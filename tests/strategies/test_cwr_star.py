@@ -12,7 +12,6 @@ from torch import Tensor
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
@@ -21,6 +20,7 @@ from clplat.strategies.cwr_star import CWRStar
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 C, H = 5, 6
 
@@ -38,7 +38,7 @@ PARTS = (experience(0, (0, 2), (9, 16)), experience(1, (1,), (20,)), experience(
 def learner(strategy: Strategy | None, head: object = None, **options: str) -> Learner:
     torch.manual_seed(1)
     made = head or partial(Head, outputs=C)
-    net = recurrent(Inputs(features=4, steps=3), made, mixer=LSTM, hidden=H)  # type: ignore[arg-type]  # any maker
+    net = recurrent(Inputs(features=4, length=3), made, mixer=LSTM, hidden=H)  # type: ignore[arg-type]  # any maker
     optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     return Learner(net, objective_for("class"), strategy, optimizer, **options)  # type: ignore[arg-type]  # text only
 
@@ -105,7 +105,7 @@ def test_a_shared_bias_is_left_alone() -> None:
 
 
 def run(trainer: Callable, strategy: Strategy | None, count: int) -> Run:
-    stream = Stream("tiny", PARTS[:count], "class_incremental", "class", C, features=4, steps=3)
+    stream = Stream("tiny", PARTS[:count], "class_incremental", "class", C, features=4, length=3)
     made = Run(stream, learner(strategy), trainer(), Training(batch_size=8, epochs=3))
     made.go()
     return made

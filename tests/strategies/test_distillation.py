@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.strategies.center_loss import CenterLoss
@@ -26,6 +25,7 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 
 def shaken(learner: Learner, scale: float = 0.3) -> None:
@@ -56,7 +56,7 @@ def old_and_new(tiny: Any, strategy: Strategy, stream: Stream, batch: Batch) -> 
 def tagged(strategy: Strategy) -> tuple[Learner, Batch]:
     """A learner of tags [B, T] and a batch whose second half of steps is not scored."""
     torch.manual_seed(1)
-    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    inputs = Inputs(vocabulary=7, length=6, per_step=True)
     net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
     y = torch.randint(0, 4, (8, 6))
     y[:, 3:] = UNSCORED

@@ -15,7 +15,6 @@ from clplat.importance.penalty import Quadratic, quadratic_penalty
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
@@ -23,6 +22,7 @@ from clplat.strategies.ewc import EWC
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 D, C, K = 5, 6, 3
 
@@ -34,12 +34,12 @@ def stream() -> Stream:
         y = torch.randint(2 * k, 2 * k + 2, (40,), generator=generator)
         data = TensorData(torch.randn(40, D, generator=generator) + 0.5 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, length=0)
 
 
 def learner(strategy: Strategy | None = None, **options: Any) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=C), hidden=[7])
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[7])
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.Adam, lr=1e-2), **options)
 
 
@@ -136,7 +136,7 @@ def test_online_decays_when_accumulating_and_in_the_penalty() -> None:
 @pytest.mark.parametrize(("mode", "optimum"), [("single", 1.0), ("separate", 17 / 21)])
 def test_quadratic_tasks_reach_the_known_point(mode: str, optimum: float) -> None:
     """Curvatures 1, 2, 1/2 and minima 0, 1, 3: the joint optimum is 1; separate anchors count old tasks twice."""
-    net = mlp(Inputs(features=1, steps=0), partial(Head, outputs=1), hidden=[])
+    net = mlp(Inputs(features=1, length=0), partial(Head, outputs=1), hidden=[])
     made = Learner(net, objective_for("value"), EWC(strength=1.0, mode=mode)).double()
     made.net.head.linear.bias.requires_grad_(False).zero_()
     weight = made.net.head.linear.weight

@@ -18,7 +18,7 @@ from clplat import checkpoint
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.net import Output
 from clplat.learners.objectives import objective_for
 from clplat.rehearsal.example_forgetting import NEVER, MostForgotten, Presentations, answered_right, forgetting_scores
 from clplat.run import Run
@@ -32,6 +32,7 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.train import Names, train
 
 K, N, D, C = 3, 40, 3, 6
@@ -45,12 +46,12 @@ def stream() -> Stream:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, D, generator=generator) + 0.3 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, length=0)
 
 
 def learner(strategy: Strategy | None, dropout: float = 0.2) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=C), hidden=[7], dropout=dropout)
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[7], dropout=dropout)
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=0.5))
 
 
@@ -247,7 +248,7 @@ def test_right_answers_by_kind() -> None:
 
 
 def test_real_values_are_refused() -> None:
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=1), hidden=[])
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=1), hidden=[])
     made = Learner(net, objective_for("value"), ExampleForgetting())
     with pytest.raises(ValueError, match="neither right nor wrong"):
         made.strategy.wrap(made)

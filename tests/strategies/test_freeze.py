@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Net, State
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
 from clplat.probes.recoverability import recoverability
@@ -24,6 +24,7 @@ from clplat.strategies.freeze import Freeze
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 K, N, D = 3, 40, 5
 OPTIMIZERS: dict[str, Callable] = {
@@ -53,7 +54,7 @@ def stream() -> Stream:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, D, generator=generator) + 0.7 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, length=0)
 
 
 def learner(net: Net, strategy: Strategy | None, optimizer: str = "adamw", **options: Any) -> Learner:
@@ -112,7 +113,7 @@ def test_nothing_is_frozen_before_its_start(trainer: Callable) -> None:
 def test_blocks_are_counted_and_not_matched_by_name(trainer: Callable) -> None:
     """A match of "blocks.1" by substring would freeze blocks 10 and 11 too."""
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=6), hidden=[6] * 12)
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=6), hidden=[6] * 12)
     made = learner(net, Freeze(blocks=2))
     trained(trainer, made)
     frozen = {name for name, p in made.net.named_parameters() if not p.requires_grad}
@@ -121,7 +122,7 @@ def test_blocks_are_counted_and_not_matched_by_name(trainer: Callable) -> None:
 
 def test_all_blocks_frozen_only_the_head_moves(trainer: Callable) -> None:
     torch.manual_seed(1)
-    shape = Inputs(features=4, steps=5)
+    shape = Inputs(features=4, length=5)
     net = transformer(shape, partial(Head, outputs=6), hidden=8, layers=2, heads=2, dropout=0.2)
     generator = torch.Generator().manual_seed(5)
     parts = []
@@ -129,7 +130,7 @@ def test_all_blocks_frozen_only_the_head_moves(trainer: Callable) -> None:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, 5, 4, generator=generator), y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    told = Stream("sequences", tuple(parts), "class_incremental", "class", 6, features=4, steps=5)
+    told = Stream("sequences", tuple(parts), "class_incremental", "class", 6, features=4, length=5)
     run = After(told, learner(net, Freeze(blocks=3)), trainer(), Training(batch_size=8, epochs=2))
     run.go()
     assert moved(*run.states) == {"head.linear.weight", "head.linear.bias"}
@@ -189,14 +190,14 @@ def test_the_probe_recovers_and_leaves_everything_as_it_was(trainer: Callable) -
 
 def test_the_probe_is_plain_training_from_where_the_learner_is() -> None:
     """Against a naive loop on a copy, with SGD and one pass in the loader's order."""
-    from clplat.streams.loader import ChunkLoader
+    from clplat.streams.order import Order
 
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=6), hidden=[7])
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=6), hidden=[7])
     made, first = learner(net, None, "sgd"), stream()[0]
     other = copy.deepcopy(net)
     optimizer = OPTIMIZERS["sgd"](other.parameters())
-    for chunk in ChunkLoader(first.train, 8, 5, seed=0, experience=0):
+    for chunk in first.train.training(Order(8, 5, seed=0, experience=0)):
         for batch in chunk:
             optimizer.zero_grad()
             made.objective(other(batch).logits, batch).backward()

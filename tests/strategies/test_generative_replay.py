@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.rehearsal.vae import SequenceVAE
 from clplat.strategies.generative_replay import GenerativeReplay
 from clplat.strategy import Composite
+from clplat.streams.data import Examples
 from clplat.streams.experience import Batch, Experience, StreamError
+from clplat.streams.inputs import Inputs
 
 
 def noise(rows: int, latent: int = 2, seed: int = 0) -> Tensor:
@@ -175,7 +176,7 @@ def test_the_generators_optimiser_follows_its_weights_after_a_resume(tiny: Any) 
 @pytest.mark.parametrize("labels", ["hard", "soft"])
 def test_generated_rows_are_trained_on_scored_steps_only(labels: str) -> None:
     strategy, data = GenerativeReplay(rows=5, hidden=8, labels=labels), FixedLength(6)
-    inputs = Inputs(vocabulary=2, steps=6, per_step=True)
+    inputs = Inputs(vocabulary=2, length=6, per_step=True)
     net = recurrent(inputs, partial(Head, outputs=2), mixer=LSTM, hidden=8)
     learner = Learner(net, objective_for("tag"), strategy)
     strategy.wrap(learner)
@@ -200,7 +201,7 @@ def test_generated_rows_are_trained_on_scored_steps_only(labels: str) -> None:
     torch.testing.assert_close(strategy.objective(learner, batch, output), right)
 
 
-class FixedLength:
+class FixedLength(Examples):
     """Tagged sequences of bits, of one length; a different half of the steps is scored in each."""
 
     def __init__(self, steps: int) -> None:
@@ -214,12 +215,6 @@ class FixedLength:
 
     def batch(self, index: Tensor) -> Batch:
         return Batch(self.x[index], self.x[index], mask=self.mask[index])
-
-    def batches(self, indices: Any) -> Any:
-        return map(self.batch, indices)
-
-    def targets(self) -> None:
-        return None
 
 
 def test_nothing_is_generated_in_the_first_experience(tiny: Any) -> None:

@@ -17,7 +17,7 @@ from clplat.learners.mixers.gru import GRU
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
@@ -26,6 +26,7 @@ from clplat.settings import Training
 from clplat.strategies.gpm import GPM
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Data, Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.weights.subspace import collect, extended, without
 
 SGD, ADAM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)
@@ -117,13 +118,13 @@ def experiences(kind: str) -> list[Experience]:
 def net(kind: str) -> Net:
     head = partial(Head, outputs=6)
     if kind == "mlp":
-        return mlp(Inputs(features=4, steps=0), head, hidden=[20, 20])
+        return mlp(Inputs(features=4, length=0), head, hidden=[20, 20])
     if kind == "transformer":
-        return transformer(Inputs(features=4, steps=3), head, hidden=16, layers=1, heads=2)
+        return transformer(Inputs(features=4, length=3), head, hidden=16, layers=1, heads=2)
     if kind == "tokens":
-        return recurrent(Inputs(vocabulary=9, steps=2), head, mixer=GRU, hidden=20, embedding=12)
+        return recurrent(Inputs(vocabulary=9, length=2), head, mixer=GRU, hidden=20, embedding=12)
     return recurrent(
-        Inputs(features=4, steps=3), head, mixer={"lstm": LSTM, "gru": GRU, "elman": Elman}[kind], hidden=20
+        Inputs(features=4, length=3), head, mixer={"lstm": LSTM, "gru": GRU, "elman": Elman}[kind], hidden=20
     )
 
 
@@ -197,7 +198,7 @@ def linear(tasks: list[tuple[Tensor, Tensor]], strategy: Any, steps: int = 1500)
     """Gradient descent on one linear layer from 0, until each experience is solved."""
     width = tasks[0][0].shape[1]
     made = Learner(
-        mlp(Inputs(features=width, steps=0), partial(Head, outputs=1), hidden=[]), objective_for("value"), strategy
+        mlp(Inputs(features=width, length=0), partial(Head, outputs=1), hidden=[]), objective_for("value"), strategy
     ).double()
     made.net.head.linear.bias.requires_grad_(False).zero_()
     weight = made.net.head.linear.weight
@@ -266,7 +267,7 @@ def test_embedding_rows_of_old_tokens_stay(trainer: Callable) -> None:
 
 def test_heads_of_single_tasks_are_free_and_shared_ones_are_not() -> None:
     for head, projected in ((partial(Head, outputs=6), True), (_task_head, False)):
-        made = Learner(mlp(Inputs(features=4, steps=0), head, hidden=[5]), objective_for("class"))
+        made = Learner(mlp(Inputs(features=4, length=0), head, hidden=[5]), objective_for("class"))
         strategy = GPM(energy=0.9)
         strategy.wrap(made)
         data = TensorData(draw(8, 4).float(), torch.zeros(8, dtype=torch.int64), task=0)
@@ -285,7 +286,7 @@ def _task_head(features: int) -> Head:
 
 
 def test_the_threshold_grows_with_the_experiences() -> None:
-    made = Learner(mlp(Inputs(features=12, steps=0), partial(Head, outputs=6), hidden=[]), objective_for("class"))
+    made = Learner(mlp(Inputs(features=12, length=0), partial(Head, outputs=6), hidden=[]), objective_for("class"))
     fixed, growing = GPM(energy=0.6, energy_growth=0.0), GPM(energy=0.6, energy_growth=0.4)
     for strategy in (fixed, growing):
         strategy.wrap(made)

@@ -19,7 +19,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
@@ -34,13 +34,14 @@ from clplat.strategies.joint import Joint
 from clplat.strategy import Composite, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.streams.permuted_copy import permuted_copy
 from clplat.train import build_learner
 from clplat.weights.lookahead import proposed
 from clplat.weights.teacher import Teacher
 
 K, C, T, D = 3, 6, 5, 4
-INPUTS = Inputs(features=D, steps=T)
+INPUTS = Inputs(features=D, length=T)
 TASKS = [(0, 1), (2, 3), (4, 5)]
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
@@ -54,7 +55,7 @@ def stream(tasks: bool = True) -> Stream:
         data = TensorData(x, y, task=k if tasks else None)
         parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k if tasks else None))
     return Stream(
-        "tiny", tuple(parts), "task_incremental" if tasks else "class_incremental", "class", C, features=D, steps=T
+        "tiny", tuple(parts), "task_incremental" if tasks else "class_incremental", "class", C, features=D, length=T
     )
 
 
@@ -405,7 +406,7 @@ def test_bits_at_every_step_are_learned(trainer: Callable, kind: str) -> None:
     """Permuted copy with an Elman net, the orthogonality of its recurrence included."""
     copies = permuted_copy(experiences=2, pattern_steps=2, width=2, train_size=200, test_size=50)
     head = partial(TaskHead, outputs=2, tasks=[(0, 1), (0, 1)])
-    body = recurrent(Inputs(features=3, steps=5, per_step=True), head, mixer=Elman, hidden=12)
+    body = recurrent(Inputs(features=3, length=5, per_step=True), head, mixer=Elman, hidden=12)
     made = Learner(body, objective_for("bits"), strategy(kind=kind, orthogonal=0.1), partial(torch.optim.Adam, lr=1e-2))
     results = Run(copies, made, trainer(), Training(batch_size=32, steps=120)).go()
     assert float(results.R[-1, 1]) > 0.65

@@ -14,7 +14,6 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.gru import GRU
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
@@ -24,6 +23,7 @@ from clplat.strategies.icl import ICL
 from clplat.strategy import Composite
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 P, N, K = 40, 8, 4
 TRAINING = Training(batch_size=8, epochs=1)
@@ -45,13 +45,13 @@ def stream(tasks: Sequence[tuple[Tensor, Tensor]]) -> Stream:
         data = TensorData(x, y)
         parts.append(Experience(k, str(k), (), train=data, test=data))
     width, outputs = tasks[0][0].shape[1], tasks[0][1].shape[1]
-    return Stream("linear", tuple(parts), "domain_incremental", "value", outputs, features=width, steps=0)
+    return Stream("linear", tuple(parts), "domain_incremental", "value", outputs, features=width, length=0)
 
 
 def solved(trainer: Callable, tasks: Sequence[tuple[Tensor, Tensor]], **options: Any) -> tuple[Tensor, Run]:
     strategy = ICL(**dict[str, Any](base="initial", bias=False) | options)
     width, outputs = tasks[0][0].shape[1], tasks[0][1].shape[1]
-    net = mlp(Inputs(features=width, steps=0), partial(Head, outputs=outputs), hidden=[])
+    net = mlp(Inputs(features=width, length=0), partial(Head, outputs=outputs), hidden=[])
     run = Run(stream(tasks), Learner(net, objective_for("value"), strategy).double(), trainer(), TRAINING)
     run.go()
     assert strategy.solution is not None
@@ -152,12 +152,12 @@ def classes(per_step: bool = False) -> Stream:
         data = TensorData(torch.randn(40, 5, 4, generator=generator) + shift, y, mask=mask)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
     target = "tag" if per_step else "class"
-    return Stream("tiny", tuple(parts), "class_incremental", target, 6, features=4, steps=5, per_step=per_step)
+    return Stream("tiny", tuple(parts), "class_incremental", target, 6, features=4, length=5, per_step=per_step)
 
 
 def sequences(trainer: Callable, given: Stream, strategy: ICL | None, head: type[Head] = Head) -> Run:
     torch.manual_seed(1)
-    inputs = Inputs(features=4, steps=5, per_step=given.per_step)
+    inputs = Inputs(features=4, length=5, per_step=given.per_step)
     net = recurrent(inputs, partial(head, outputs=6), mixer=GRU, hidden=7)
     run = Run(given, Learner(net, objective_for(given.target), strategy), trainer(), TRAINING)
     run.go()
@@ -195,7 +195,7 @@ def test_classes_and_tags_are_regressed_on_scored_steps_of_frozen_features(train
 
 def test_only_experience_0_is_trained_and_as_in_finetuning(trainer: Callable) -> None:
     given = classes()
-    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, steps=5)
+    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, length=5)
     plain, run = sequences(trainer, first, None), sequences(trainer, given, ICL())
     for (name, a), b in zip(plain.learner.net.named_parameters(), run.learner.net.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -207,7 +207,7 @@ def test_only_experience_0_is_trained_and_as_in_finetuning(trainer: Callable) ->
 
 def test_a_class_that_the_head_does_not_offer_is_never_answered(trainer: Callable) -> None:
     given = classes()
-    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, steps=5)
+    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, length=5)
     run = sequences(trainer, first, ICL(), GrowingHead)
     batch = given[0].test.batch(torch.arange(10))
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_what_it_cannot_do_is_refused_before_training() -> None:
-    net = mlp(Inputs(features=4, steps=0), partial(Head, outputs=6), hidden=[])
+    net = mlp(Inputs(features=4, length=0), partial(Head, outputs=6), hidden=[])
     with pytest.raises(ValueError, match="no probability of tokens"):
         ICL().wrap(Learner(net, objective_for("token"), ICL()))
     both = Composite({"icl": ICL(), "cumulative": Cumulative()})

@@ -14,7 +14,6 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.gru import GRU
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Tagging, objective_for
 from clplat.run import Run
@@ -23,6 +22,7 @@ from clplat.strategies.lagrangian import Lagrangian
 from clplat.strategy import Strategy
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Batch, Data, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 D, C = 5, 6
 
@@ -36,7 +36,7 @@ def experience(k: int, count: int = 12, task: int | None = None) -> Experience:
 
 def learner(strategy: Strategy | None, head: Any = None) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), head or partial(Head, outputs=C), hidden=[7])
+    net = mlp(Inputs(features=D, length=0), head or partial(Head, outputs=C), hidden=[7])
     return Learner(net, objective_for("class"), strategy).double()
 
 
@@ -125,7 +125,7 @@ def test_the_limit_is_what_was_reached_on_the_stored_examples(options: dict[str,
 
 def test_a_constrained_quadratic_problem_reaches_its_known_point() -> None:
     """min (w - 3)^2 / 2 subject to w^2 / 2 <= 0.02: w = 0.2, with multiplier (3 - 0.2) / 0.2 = 14."""
-    net = mlp(Inputs(features=1, steps=0), partial(Head, outputs=1), hidden=[])
+    net = mlp(Inputs(features=1, length=0), partial(Head, outputs=1), hidden=[])
     strategy = Lagrangian(capacity=10, rows=4, rho=5.0, multiplier=0.0, threshold=0.02)
     made = Learner(net, objective_for("value"), strategy).double()
     net.head.linear.bias.requires_grad_(False).zero_()
@@ -193,7 +193,7 @@ def test_an_experience_whose_share_is_0_is_left_alone() -> None:
 
 def test_it_holds_old_losses_where_replay_of_nothing_does_not(trainer: Callable) -> None:
     parts = tuple(experience(k, 60) for k in range(3))
-    stream = Stream("tiny", parts, "class_incremental", "class", C, features=D, steps=0)
+    stream = Stream("tiny", parts, "class_incremental", "class", C, features=D, length=0)
 
     def loss_on_the_first(strategy: Strategy | None) -> float:
         made = learner(strategy)

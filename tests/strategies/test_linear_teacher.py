@@ -19,7 +19,6 @@ from torch import Tensor
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.metrics import ScoreTable, summary
 from clplat.run import Run
@@ -27,6 +26,7 @@ from clplat.settings import Training
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 ALLOWED = 4.0
 """Standard errors by which a simulated mean may differ from its closed form."""
@@ -174,13 +174,13 @@ def linear_teacher(teachers: Tensor, n: int, s2: float, seed: int) -> Stream:
         z = s2**0.5 * torch.randn(n, generator=generator, dtype=torch.float64)
         train = TensorData(x, (x @ teacher + z)[:, None])
         parts.append(Experience(k, str(k), (), train=train, test=TensorData(test, (test @ teacher)[:, None])))
-    return Stream("linear_teacher", tuple(parts), "domain_incremental", "value", 1, features=p, steps=0)
+    return Stream("linear_teacher", tuple(parts), "domain_incremental", "value", 1, features=p, length=0)
 
 
 def learned(
     trainer: Callable, stream: Stream, strategy: Strategy | None, steps: int = 1, lr: float = 0.1
 ) -> ScoreTable:
-    net = mlp(Inputs(features=stream.features, steps=0), partial(Head, outputs=1), hidden=[])
+    net = mlp(Inputs(features=stream.features, length=0), partial(Head, outputs=1), hidden=[])
     net.head.linear.bias.requires_grad_(False).zero_()
     with torch.no_grad():
         net.head.linear.weight.zero_()

@@ -15,7 +15,7 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Block, Inputs, Net, State
+from clplat.learners.nets.net import Block, Net, State
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.per_task.masked import MaskedNet, TaskMasks, pack, unpack
@@ -27,6 +27,7 @@ from clplat.strategies.relevance_maps import RelevanceMaps
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 K, C, T, D = 3, 6, 5, 4
 TASKS = [(0, 1), (2, 3), (4, 5)]
@@ -59,14 +60,14 @@ def stream(tasks: bool = True) -> Stream:
         data = TensorData(x, y, task=k if tasks else None)
         parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k if tasks else None))
     scenario = "task_incremental" if tasks else "class_incremental"
-    return Stream("tiny", tuple(parts), scenario, "class", C, features=D, steps=T)
+    return Stream("tiny", tuple(parts), scenario, "class", C, features=D, length=T)
 
 
 def learner(strategy: Strategy, body: str = "lstm", tasks: bool = True, optimizer: Any = OPTIMIZERS[0]) -> Learner:
     torch.manual_seed(1)
     head: Callable[[int], Head] = partial(TaskHead, outputs=C, tasks=TASKS) if tasks else partial(Head, outputs=C)
     if body == "lstm":
-        net = recurrent(Inputs(features=D, steps=T), head, mixer=LSTM, hidden=6, layers=2)
+        net = recurrent(Inputs(features=D, length=T), head, mixer=LSTM, hidden=6, layers=2)
     else:
         net = Net(nn.Linear(D, 5), [Convolution(5, 7)], head(7))
     return Learner(net, objective_for("class"), strategy, optimizer)

@@ -15,7 +15,6 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
@@ -23,6 +22,7 @@ from clplat.settings import Training
 from clplat.strategies.ogd import OGD
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 D, C = 7, 6
 SGD, ADAM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)
@@ -40,7 +40,7 @@ def experience(k: int, count: int = 3, target: str = "class") -> Experience:
 
 def linear(strategy: OGD, target: str = "class", head: Any = Head) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(head, outputs=C), hidden=[])
+    net = mlp(Inputs(features=D, length=0), partial(head, outputs=C), hidden=[])
     return Learner(net, objective_for(target), strategy).double()  # type: ignore[arg-type]  # a name from a parameter
 
 
@@ -137,9 +137,9 @@ def _gradients(part: Experience) -> list[Tensor]:
 
 def run(trainer: Callable, strategy: OGD | None, optimizer: Callable, count: int = 3, target: str = "class") -> Run:
     parts = tuple(experience(k, target=target) for k in range(count))
-    stream = Stream("tiny", parts, "class_incremental", target, C, features=D, steps=0)  # type: ignore[arg-type]  # as above
+    stream = Stream("tiny", parts, "class_incremental", target, C, features=D, length=0)  # type: ignore[arg-type]  # as above
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=C), hidden=[])
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[])
     made = Run(
         stream,
         Learner(net, objective_for(stream.target), strategy, optimizer).double(),
@@ -179,7 +179,7 @@ def test_adam_breaks_the_gradient_form_and_finetuning_forgets(trainer: Callable)
 def test_on_a_linear_layer_it_is_the_ideal_continual_learner() -> None:
     """Four experiences of 8 rows in 40 dimensions with a common solution: the joint minimum-norm solution."""
     right, strategy = draw(40, 1, seed=9), OGD(of="all", apply_to="gradient")
-    net = mlp(Inputs(features=40, steps=0), partial(Head, outputs=1), hidden=[])
+    net = mlp(Inputs(features=40, length=0), partial(Head, outputs=1), hidden=[])
     made = Learner(net, objective_for("value"), strategy).double()
     net.head.linear.bias.requires_grad_(False).zero_()
     weight = net.head.linear.weight
@@ -207,7 +207,7 @@ def test_on_a_linear_layer_it_is_the_ideal_continual_learner() -> None:
 def test_recurrent_outputs_stay_to_first_order(per_step: bool) -> None:
     """Half the step, a quarter of the change in the protected logits; of others half."""
     torch.manual_seed(1)
-    net = recurrent(Inputs(features=4, steps=3, per_step=per_step), partial(Head, outputs=C), mixer=LSTM, hidden=9)
+    net = recurrent(Inputs(features=4, length=3, per_step=per_step), partial(Head, outputs=C), mixer=LSTM, hidden=9)
     kind = "tag" if per_step else "class"
     strategy = OGD(apply_to="gradient", seed=4)
     made = Learner(net, objective_for(kind), strategy).double()

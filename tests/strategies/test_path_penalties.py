@@ -15,15 +15,16 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.net import Output
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.strategies.mas import MAS
 from clplat.strategies.rwalk import RWalk
 from clplat.strategies.si import SI
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
+from clplat.streams.data import Examples, TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience
+from clplat.streams.inputs import Inputs
 
 
 class Diary(Strategy):
@@ -134,10 +135,10 @@ def test_mas_is_the_mean_absolute_gradient_of_single_examples(tiny: Any, batch_s
 def test_mas_counts_offered_logits_on_scored_steps_only(tiny: Any) -> None:
     stream = tiny.stream()
     grown = Learner(
-        mlp(Inputs(features=5, steps=0), partial(GrowingHead, outputs=6), hidden=[7]), objective_for("class")
+        mlp(Inputs(features=5, length=0), partial(GrowingHead, outputs=6), hidden=[7]), objective_for("class")
     )
     grown.shape_for(stream[0])
-    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    inputs = Inputs(vocabulary=7, length=6, per_step=True)
     net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
     y = torch.randint(0, 4, (8, 6))
     y[:, 3:] = UNSCORED
@@ -156,7 +157,7 @@ def test_mas_counts_offered_logits_on_scored_steps_only(tiny: Any) -> None:
             torch.testing.assert_close(importance, right[n], rtol=1e-4, atol=1e-5)
 
 
-class _Double:
+class _Double(Examples):
     def __init__(self, data: Any) -> None:
         self.data = data
 
@@ -166,9 +167,6 @@ class _Double:
     def batch(self, index: Tensor) -> Batch:
         batch = self.data.batch(index)
         return Batch(batch.x.double(), batch.y)
-
-    def batches(self, indices: Any) -> Any:
-        return map(self.batch, indices)
 
     def targets(self) -> Any:
         return self.data.targets()

@@ -17,7 +17,6 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import TaskHead
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.per_task.generated import GeneratedNet
@@ -29,6 +28,7 @@ from clplat.strategies.recurrent_hypernetwork import RecurrentHypernetwork
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 K, C, T, D = 3, 6, 5, 4
 TASKS = [(0, 1), (2, 3), (4, 5)]
@@ -43,13 +43,13 @@ def stream() -> Stream:
         x = torch.randn(48, T, D, generator=generator) + (y % 2 * 2.0 - 1)[:, None, None]
         data = TensorData(x, y, task=k)
         parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k))
-    return Stream("tiny", tuple(parts), "task_incremental", "class", C, features=D, steps=T)
+    return Stream("tiny", tuple(parts), "task_incremental", "class", C, features=D, length=T)
 
 
 def learner(strategy: Strategy, **options: Any) -> Learner:
     torch.manual_seed(1)
     head = partial(TaskHead, outputs=C, tasks=TASKS)
-    net = recurrent(Inputs(features=D, steps=T), head, mixer=LSTM, hidden=6)
+    net = recurrent(Inputs(features=D, length=T), head, mixer=LSTM, hidden=6)
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.Adam, lr=1e-2), **options)
 
 

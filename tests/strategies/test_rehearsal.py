@@ -16,7 +16,6 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
@@ -25,6 +24,7 @@ from clplat.strategies.rehearsal_environment import RehearsalEnvironment, enviro
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.streams.mixed import MixedData, data_bytes
 
 K, N = 4, 60
@@ -38,12 +38,12 @@ def stream(sizes: tuple[int, ...] = (N,) * K) -> Stream:
         x = torch.stack([torch.full((n,), float(k)), torch.arange(n).float()], 1)
         data = TensorData(x, torch.full((n,), k))
         parts.append(Experience(k, str(k), (k,), train=data, test=data))
-    return Stream("told", tuple(parts), "class_incremental", "class", len(sizes), features=2, steps=0)
+    return Stream("told", tuple(parts), "class_incremental", "class", len(sizes), features=2, length=0)
 
 
 def learner(strategy: Strategy | None = None, scale: float = 1.0) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=2, steps=0), partial(Head, outputs=K), hidden=[7])
+    net = mlp(Inputs(features=2, length=0), partial(Head, outputs=K), hidden=[7])
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=1e-4 * scale))
 
 

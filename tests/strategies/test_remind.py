@@ -23,7 +23,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Block, Inputs, Net
+from clplat.learners.nets.net import Block, Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
@@ -41,7 +41,9 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Strategy
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
-from clplat.streams.loader import ChunkLoader, stable_seed
+from clplat.streams.inputs import Inputs
+from clplat.streams.loader import stable_seed
+from clplat.streams.order import Order
 
 D, C, K, N, T, H = 4, 6, 3, 40, 5, 8
 TRAINING = Training(batch_size=8, epochs=1, chunk=3)
@@ -59,7 +61,7 @@ def stream(tasks: bool = False, mixed: bool = False) -> Stream:
         classes = tuple(range(C)) if mixed else (2 * k, 2 * k + 1)
         parts.append(Experience(k, str(k), classes, train=data, test=data, task_label=label))
     scenario = "task_incremental" if tasks else "domain_incremental" if mixed else "class_incremental"
-    return Stream("tiny", tuple(parts), scenario, "class", C, features=D, steps=T)
+    return Stream("tiny", tuple(parts), scenario, "class", C, features=D, length=T)
 
 
 def tagging(ragged: bool = True) -> Stream:
@@ -82,7 +84,7 @@ def learner(
     head: Callable[[int], Head] = partial(Head, outputs=C)
     if of.scenario == "task_incremental":
         head = partial(TaskHead, outputs=C, tasks=[e.classes for e in of])
-    inputs = Inputs(D, None, of.steps, of.per_step)
+    inputs = Inputs(D, None, of.length, of.per_step)
     if kind == "lstm":
         net = recurrent(inputs, head, mixer=LSTM, hidden=H, layers=2)
     elif kind == "transformer":
@@ -338,7 +340,7 @@ def test_without_replay_it_is_descent_on_quantised_features(trainer: Callable) -
     upper = [*plain.net.blocks[1].parameters(), *plain.net.head.parameters()]
     for k in (1, 2):
         optimizer = torch.optim.SGD(upper, lr=0.1)
-        loader = ChunkLoader(stream()[k].train, 8, steps=N // 8, seed=0, experience=k)
+        loader = stream()[k].train.training(Order(8, steps=N // 8, seed=0, experience=k))
         for batch in (batch for chunk in loader for batch in chunk):
             with torch.no_grad():
                 hidden = quantizer.decode(quantizer.encode(plain.net.lower(batch, 1)[0]))

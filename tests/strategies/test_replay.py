@@ -15,7 +15,6 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
@@ -25,6 +24,7 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 D, C, K, N = 5, 6, 3, 40
 
@@ -43,12 +43,12 @@ def stream() -> Stream:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, D, generator=generator) + 0.5 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, length=0)
 
 
 def learner(strategy: Strategy | None = None) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(Head, outputs=C), hidden=[7])
+    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[7])
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=0.1))
 
 

@@ -18,7 +18,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.net import Output
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.rehearsal.herding import herding
@@ -38,6 +38,7 @@ from clplat.strategies.replay import Replay
 from clplat.strategy import Composite, Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience
+from clplat.streams.inputs import Inputs
 
 
 def rows(n: int, classes: tuple[int, int] = (0, 2), seed: int = 0) -> Batch:
@@ -90,7 +91,7 @@ def test_der_stores_current_rows_only(tiny: Any) -> None:
 
 def test_der_ignores_logits_that_a_growing_head_did_not_offer(tiny: Any) -> None:
     stream, strategy = tiny.stream(), DER(capacity=50, alpha=1.0, beta=0.0, rows=20)
-    net = mlp(Inputs(features=5, steps=0), partial(GrowingHead, outputs=6), hidden=[7])
+    net = mlp(Inputs(features=5, length=0), partial(GrowingHead, outputs=6), hidden=[7])
     learner = Learner(net, objective_for("class"), strategy)
     learner.shape_for(stream[0])
     batch = rows(20)
@@ -105,7 +106,7 @@ def test_der_ignores_logits_that_a_growing_head_did_not_offer(tiny: Any) -> None
 
 def test_der_holds_logits_on_scored_steps_only() -> None:
     strategy = DER(capacity=50, alpha=1.0, beta=0.0)
-    inputs = Inputs(vocabulary=7, steps=6, per_step=True)
+    inputs = Inputs(vocabulary=7, length=6, per_step=True)
     net = recurrent(inputs, partial(Head, outputs=4), mixer=LSTM, hidden=5, layers=1)
     learner = Learner(net, objective_for("tag"), strategy)
     y = torch.randint(0, 4, (8, 6))

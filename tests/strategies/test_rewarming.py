@@ -17,7 +17,7 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs, Output
+from clplat.learners.nets.net import Output
 from clplat.learners.objectives import objective_for
 from clplat.learners.schedules import warmup_cosine
 from clplat.run import Run
@@ -27,6 +27,7 @@ from clplat.strategies.rewarming import Rewarming, infinite, rewarmed
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.inputs import Inputs
 
 K, N, LR = 3, 80, 0.05
 COURSE: dict[str, Any] = {
@@ -60,12 +61,12 @@ def stream() -> Stream:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, 4, generator=generator) + 0.5 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=4, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=4, length=0)
 
 
 def learner(strategies: dict[str, Strategy], **options: Any) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=4, steps=0), partial(Head, outputs=6), hidden=[7])
+    net = mlp(Inputs(features=4, length=0), partial(Head, outputs=6), hidden=[7])
     return Learner(net, objective_for("class"), Composite(strategies), partial(torch.optim.SGD, lr=LR), **options)
 
 

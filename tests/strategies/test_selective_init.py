@@ -17,7 +17,6 @@ from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
@@ -25,6 +24,7 @@ from clplat.strategies.selective_init import SelectiveInit
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.streams.loader import stable_seed
 from clplat.weights.arithmetic import flatten, load_flat
 
@@ -41,13 +41,13 @@ def stream(rules: str, tasks: bool = False) -> Stream:
         train, test = (TensorData(x, y, torch.arange(a, a + N), task=label) for a in (0, N))
         parts.append(Experience(k, rule, (0, 1), train=train, test=test, task_label=label))
     scenario = "task_incremental" if tasks else "domain_incremental"
-    return Stream("rules", tuple(parts), scenario, "class", C, features=D, steps=0)
+    return Stream("rules", tuple(parts), scenario, "class", C, features=D, length=0)
 
 
 def learner(strategy: Strategy | None, head: Callable | None = None, dropout: float = 0.0) -> Learner:
     torch.manual_seed(1)
     head = partial(Head, outputs=C) if head is None else head
-    net = mlp(Inputs(features=D, steps=0), head, hidden=[16], dropout=dropout)
+    net = mlp(Inputs(features=D, length=0), head, hidden=[16], dropout=dropout)
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.Adam, lr=1e-2))
 
 

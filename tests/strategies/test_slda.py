@@ -16,7 +16,6 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
@@ -25,6 +24,7 @@ from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.slda import SLDA, oracle_approximating_shrinkage
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 
 H, C = 6, 4
 
@@ -95,12 +95,12 @@ def stream(per_step: bool = False) -> Stream:
         data = TensorData(torch.randn(40, 5, 4, generator=generator) + shift, y, mask=mask)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
     target = "tag" if per_step else "class"
-    return Stream("tiny", tuple(parts), "class_incremental", target, 6, features=4, steps=5, per_step=per_step)
+    return Stream("tiny", tuple(parts), "class_incremental", target, 6, features=4, length=5, per_step=per_step)
 
 
 def trained(trainer: Callable, given: Stream, strategy: SLDA | None) -> Run:
     torch.manual_seed(1)
-    inputs = Inputs(features=4, steps=5, per_step=given.per_step)
+    inputs = Inputs(features=4, length=5, per_step=given.per_step)
     net = recurrent(inputs, partial(Head, outputs=6), mixer=Elman, hidden=H)
     run = Run(given, Learner(net, objective_for(given.target), strategy), trainer(), Training(batch_size=8, epochs=1))
     run.go()
@@ -160,7 +160,7 @@ def test_the_first_experience_enters_shrunk_and_the_rest_by_the_recurrence(train
 
 def test_only_experience_0_is_trained_and_unmet_classes_are_never_answered(trainer: Callable) -> None:
     given = stream()
-    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, steps=5)
+    first = Stream("first", given.experiences[:1], "class_incremental", "class", 6, features=4, length=5)
     plain, whole, early = (
         trained(trainer, first, None),
         trained(trainer, given, SLDA()),
@@ -191,7 +191,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_what_it_cannot_do_is_refused_before_training() -> None:
-    net = recurrent(Inputs(features=4, steps=5), partial(Head, outputs=6), mixer=Elman, hidden=H)
+    net = recurrent(Inputs(features=4, length=5), partial(Head, outputs=6), mixer=Elman, hidden=H)
     with pytest.raises(ValueError, match="tells classes apart, and the target is 'value'"):
         SLDA().setup(Learner(net, objective_for("value"), SLDA()), stream())
     with pytest.raises(ValueError, match="slda and cumulative cannot be used both: each chooses what an experience"):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import objective_for
 from clplat.run import Run
 from clplat.settings import Training
@@ -24,6 +23,7 @@ from clplat.strategies.time_vectors import TimeVectors
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
+from clplat.streams.inputs import Inputs
 from clplat.weights.arithmetic import (
     add,
     analogy,
@@ -46,12 +46,12 @@ def stream() -> Stream:
         y = 2 * k + torch.arange(N) % 2
         data = TensorData(torch.randn(N, D, generator=generator) + 0.7 * y[:, None], y)
         parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, steps=0)
+    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, length=0)
 
 
 def learner(strategy: Strategy | None, head: Callable = Head) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(features=D, steps=0), partial(head, outputs=6), hidden=[7])
+    net = mlp(Inputs(features=D, length=0), partial(head, outputs=6), hidden=[7])
     return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=0.1))
 
 

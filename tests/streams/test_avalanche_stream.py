@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, TensorDataset
 from clplat._torchvision import ensure_importable
 from clplat.streams import avalanche as bridge
 from clplat.streams.avalanche import from_avalanche
-from clplat.streams.data import TensorData, WorkerData
+from clplat.streams.data import TensorData
 from clplat.streams.experience import Data, StreamError
+from clplat.streams.workers import WorkerData
 
 ensure_importable()
 pytest.importorskip("avalanche")
@@ -88,7 +89,7 @@ def test_classic_benchmarks_are_read_at_once_and_equal_avalanches_items(
     stream = from_avalanche(benchmark, cache=cache)
     stream.check()
     assert stream.scenario == scenario
-    assert (len(stream), stream.outputs, stream.steps, stream.features) == (arguments["n_experiences"], 10, 28, 28)
+    assert (len(stream), stream.outputs, stream.length, stream.features) == (arguments["n_experiences"], 10, 28, 28)
     for e, train, test in zip(stream, benchmark.train_stream, benchmark.test_stream, strict=True):
         assert not isinstance(e.train, WorkerData)
         assert e.classes == tuple(sorted(train.classes_in_this_experience))
@@ -97,13 +98,13 @@ def test_classic_benchmarks_are_read_at_once_and_equal_avalanches_items(
         assert_same(e.test, test.dataset.eval(), (28, 28))
 
 
-@pytest.mark.parametrize(("as_", "shape"), [("pixels", (784,)), ("rows", (28, 28)), ("steps", (784, 1))])
-def test_layouts(root, as_, shape):
+@pytest.mark.parametrize(("layout", "shape"), [("pixels", (784,)), ("rows", (28, 28)), ("steps", (784, 1))])
+def test_layouts(root, layout, shape):
     benchmark = SplitMNIST(5, dataset_root=root, seed=0)
-    stream = from_avalanche(benchmark, as_=as_)
+    stream = from_avalanche(benchmark, layout=layout)
     stream.check()
     assert_same(stream[1].train, benchmark.train_stream[1].dataset, shape)
-    assert stream.steps == (0 if as_ == "pixels" else shape[0])
+    assert stream.length == (0 if layout == "pixels" else shape[0])
 
 
 def test_a_function_gets_the_order_seed_and_no_global_random_state_is_touched(root):
@@ -130,7 +131,7 @@ def test_tensor_benchmarks():
     benchmark = tensors_benchmark(parts, parts, task_labels=[0, 0], complete_test_set_only=False)
     stream = from_avalanche(benchmark)
     stream.check()
-    assert (stream.steps, stream.features, stream.outputs) == (2, 4, 6)
+    assert (stream.length, stream.features, stream.outputs) == (2, 4, 6)
     assert stream.scenario == "domain_incremental"  # all classes in both
     for e, (values, labels) in zip(stream, parts, strict=True):
         batch = e.train.batch(torch.arange(len(e.train)))
@@ -187,7 +188,7 @@ def test_token_benchmarks():
     benchmark = tensors_benchmark([(x, y)], [(x, y)], task_labels=[0])
     stream = from_avalanche(benchmark, vocabulary=7)
     stream.check()
-    assert (stream.vocabulary, stream.features, stream.steps) == (7, None, 4)
+    assert (stream.vocabulary, stream.features, stream.length) == (7, None, 4)
     assert torch.equal(stream[0].train.batch(torch.arange(10)).x, x)
 
 

@@ -7,15 +7,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clplat.streams.data import RaggedData, TensorData, UnionData, WorkerData
+from clplat.streams.batch import concatenate
+from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.domain import domain
-from clplat.streams.experience import UNSCORED, Batch, Data, Experience, Stream, StreamError, concatenate
+from clplat.streams.experience import UNSCORED, Batch, Data, Experience, Stream, StreamError
 from clplat.streams.joint import joint
 from clplat.streams.labelled import Labelled, hold_out, lay_out
 from clplat.streams.loader import ChunkLoader, stable_seed
 from clplat.streams.permuted import Permutation, permuted
 from clplat.streams.rotated import rotated, rotation
 from clplat.streams.split import split
+from clplat.streams.union import UnionData
+from clplat.streams.workers import WorkerData
 
 
 def source(per_class: int = 20, classes: int = 4, height: int = 3, width: int = 5) -> Labelled:
@@ -50,7 +53,7 @@ def test_split_deals_out_every_example_once_by_class():
     stream.check()
     assert stream.scenario == "class_incremental"
     assert [e.classes for e in stream] == [(0, 1), (2, 3)]
-    assert (stream.outputs, stream.features, stream.steps) == (4, 5, 3)
+    assert (stream.outputs, stream.features, stream.length) == (4, 5, 3)
     for e in stream:
         for data in (e.train, e.test):
             batch = everything(data)
@@ -127,7 +130,7 @@ def test_split_orders():
         ({"classes_per_experience": [4, 0]}, r"classes_per_experience=\[4, 0\]"),
         ({"experiences": 2, "class_order": [0, 1, 2, 2]}, "class_order"),
         ({"experiences": 2, "class_order": "shuffled"}, "allowed are natural, random"),
-        ({"experiences": 2, "as_": "columns"}, "allowed are pixels, rows, steps"),
+        ({"experiences": 2, "layout": "columns"}, "allowed are pixels, rows, steps"),
         ({"experiences": 2, "valid_fraction": 1.0}, "below 1, got 1.0"),
         ({"experiences": 2, "valid_fraction": 0.01}, "empty valid set; lower or drop valid_fraction"),
     ],
@@ -203,22 +206,26 @@ def test_layouts_keep_the_order_of_pixels():
         lay_out(torch.zeros(2, 4), "rows")
 
 
-@pytest.mark.parametrize(("as_", "steps", "features"), [("pixels", 0, 15), ("rows", 3, 5), ("steps", 15, 1)])
-def test_streams_state_the_shape_of_their_inputs(as_, steps, features):
-    for stream in (split(source(), 2, as_=as_), permuted(source(), 2, as_=as_), rotated(source(), [0, 30], as_=as_)):
+@pytest.mark.parametrize(("layout", "steps", "features"), [("pixels", 0, 15), ("rows", 3, 5), ("steps", 15, 1)])
+def test_streams_state_the_shape_of_their_inputs(layout, steps, features):
+    for stream in (
+        split(source(), 2, layout=layout),
+        permuted(source(), 2, layout=layout),
+        rotated(source(), [0, 30], layout=layout),
+    ):
         stream.check()
-        assert (stream.steps, stream.features) == (steps, features)
+        assert (stream.length, stream.features) == (steps, features)
 
 
 # Permuted --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("as_", ["pixels", "rows", "steps"])
+@pytest.mark.parametrize("layout", ["pixels", "rows", "steps"])
 @pytest.mark.parametrize("permute", ["pixels", "rows"])
-def test_permuted_examples_hold_the_same_values_and_can_be_put_back(as_, permute):
+def test_permuted_examples_hold_the_same_values_and_can_be_put_back(layout, permute):
     toy = source()
-    stream = permuted(toy, experiences=3, permute=permute, as_=as_)
-    natural = lay_out(toy.train_x, as_)
+    stream = permuted(toy, experiences=3, permute=permute, layout=layout)
+    natural = lay_out(toy.train_x, layout)
     assert torch.equal(everything(stream[0].train).x, natural)
     seen = []
     for e in list(stream)[1:]:
@@ -242,11 +249,11 @@ def test_permuted_rows_and_steps_move_whole_steps():
         assert places != list(range(7))
         assert torch.equal(x, toy.train_x[:, places])
     # The permutation does not depend on the layout, and with one pixel a step, steps are pixels.
-    rows = everything(permuted(toy, 2, permute="rows", as_="rows")[1].train).x
-    flat = everything(permuted(toy, 2, permute="rows", as_="pixels")[1].train).x
+    rows = everything(permuted(toy, 2, permute="rows", layout="rows")[1].train).x
+    flat = everything(permuted(toy, 2, permute="rows", layout="pixels")[1].train).x
     assert torch.equal(rows.flatten(1), flat)
-    steps = everything(permuted(toy, 2, permute="steps", as_="steps")[1].train).x
-    pixels = everything(permuted(toy, 2, permute="pixels", as_="steps")[1].train).x
+    steps = everything(permuted(toy, 2, permute="steps", layout="steps")[1].train).x
+    pixels = everything(permuted(toy, 2, permute="pixels", layout="steps")[1].train).x
     assert torch.equal(steps, pixels)
 
 
@@ -270,7 +277,7 @@ def test_permuted_refuses():
     with pytest.raises(StreamError, match="at least 1, got 0"):
         permuted(source(), experiences=0)
     with pytest.raises(StreamError, match="permute=steps"):
-        permuted(source(), permute="steps", as_="pixels")
+        permuted(source(), permute="steps", layout="pixels")
 
 
 # Rotated ---------------------------------------------------------------------------------------------------------
@@ -295,11 +302,11 @@ def test_rotation_equals_scipys(angle):
 
 def test_rotated_stream_turns_each_experience_in_every_layout():
     toy = source(height=5, width=5)
-    for as_ in ("pixels", "rows", "steps"):
-        stream = rotated(toy, [0, 90, 360], as_=as_)
-        assert torch.equal(everything(stream[0].test).x, lay_out(toy.test_x, as_))
-        assert torch.equal(everything(stream[1].test).x, lay_out(torch.rot90(toy.test_x, 1, (1, 2)), as_))
-        assert torch.equal(everything(stream[2].test).x, lay_out(toy.test_x, as_))
+    for layout in ("pixels", "rows", "steps"):
+        stream = rotated(toy, [0, 90, 360], layout=layout)
+        assert torch.equal(everything(stream[0].test).x, lay_out(toy.test_x, layout))
+        assert torch.equal(everything(stream[1].test).x, lay_out(torch.rot90(toy.test_x, 1, (1, 2)), layout))
+        assert torch.equal(everything(stream[2].test).x, lay_out(toy.test_x, layout))
         assert everything(stream[1].test).x.is_contiguous()
     with pytest.raises(StreamError, match="angles is empty"):
         rotated(toy, [])

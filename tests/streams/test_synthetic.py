@@ -116,8 +116,8 @@ def test_streams_are_learnable_and_say_their_kind(make):
             assert (batch.task is not None) == task_incremental
             if batch.task is not None:
                 assert batch.task.tolist() == [i] * 20
-            if stream.steps is not None:
-                assert batch.x.shape[1] == stream.steps
+            if stream.length is not None:
+                assert batch.x.shape[1] == stream.length
 
 
 @pytest.mark.parametrize("make", STREAMS)
@@ -262,7 +262,7 @@ def test_permuted_copy_bits_are_fair_and_the_first_experience_can_be_the_plain_c
     batch = everything(stream[0].train)
     assert torch.equal(batch.x[:, :5, :7], batch.y[:, 6:])
     assert torch.allclose(batch.x[:, :5, :7].mean(0), torch.tensor(0.5), atol=0.03)
-    assert (stream.target, stream.outputs, stream.features, stream.steps) == ("bits", 7, 8, 11)
+    assert (stream.target, stream.outputs, stream.features, stream.length) == ("bits", 7, 8, 11)
 
 
 def test_permuted_copy_refuses():

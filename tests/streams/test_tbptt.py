@@ -19,7 +19,7 @@ from clplat.learners.mixers.gru import GRU
 from clplat.learners.mixers.hyper_lstm import HyperLSTM
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
-from clplat.learners.nets.net import Inputs, Net
+from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
@@ -37,8 +37,9 @@ from clplat.strategies.mir import MIR
 from clplat.strategies.replay import Replay
 from clplat.strategies.si import SI
 from clplat.strategy import Composite, Strategy
+from clplat.streams.batch import concatenate
 from clplat.streams.data import TensorData
-from clplat.streams.experience import UNSCORED, Batch, Experience, Stream, StreamError, concatenate
+from clplat.streams.experience import UNSCORED, Batch, Experience, Stream, StreamError
 from clplat.streams.segments import SegmentData, random_ends
 
 ROWS, STEPS, TOKENS = 3, 4, 5
@@ -68,7 +69,7 @@ def make_net(stream: Stream, mixer: Any = LSTM, layers: int = 1) -> Net:
     head = partial(Head, outputs=TOKENS)
     if stream.scenario == "task_incremental":
         head = partial(TaskHead, outputs=TOKENS, tasks=[tuple(range(TOKENS))] * 2)
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     return recurrent(inputs, head, mixer=mixer, hidden=4, layers=layers).double()
 
 
@@ -407,7 +408,7 @@ def test_killed_at_any_step_and_resumed_equals_uninterrupted(trainer, tmp_path, 
 
 def test_a_growing_state_is_refused_and_goes_without_carrying(trainer):
     stream = text_stream()
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
 
     def learner() -> Learner:
         net = transformer(inputs, partial(Head, outputs=TOKENS), hidden=4, layers=1, heads=1)

@@ -22,8 +22,10 @@ from clplat.metrics import summary
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.streams.experience import StreamError
+from clplat.streams.markov import MarkovSource, markov_seed, markov_source
+from clplat.streams.markov_text import markov_text
 from clplat.streams.segments import SegmentData
-from clplat.streams.text import MarkovSource, markov_seed, markov_source, markov_text, text, text_of, toy_text
+from clplat.streams.text import text, text_of, toy_text
 
 DOMAINS = {"one": ["abcab", "", "cc"], "two": ["zabzab", "z"]}
 
@@ -207,13 +209,12 @@ def test_sources_differ_and_sets_do_not_overlap():
 def test_lower_bits_are_better_and_forgetting_is_positive(trainer):
     """Finetuning on another source forgets the first: R in bits grows, the metric's sign says what was lost."""
     from clplat.learners.mixers.elman import Elman
-    from clplat.learners.nets.net import Inputs
     from clplat.learners.nets.recurrent import recurrent
 
     stream = markov_text(
         2, letters=4, regimes=1, sharpness=3.0, document=20, bptt=5, rows=4, train_size=40, test_size=8
     )
-    inputs = Inputs(stream.features, stream.vocabulary, stream.steps, stream.per_step)
+    inputs = stream.inputs
     net = recurrent(inputs, partial(Head, outputs=stream.outputs), mixer=Elman, hidden=8)
     learner = Learner(net, NextToken(), None, partial(torch.optim.Adam, lr=0.02))
     table = Run(stream, learner, trainer(), Training(batch_size=4, steps=60)).go()

@@ -209,9 +209,10 @@ def test_inputs_and_the_model_on_request(tmp_path, store):
 
 
 def test_a_stream_is_shown_as_data_for_training_and_for_test(tmp_path, store):
+    from clplat.streams.data import Examples
     from clplat.streams.experience import Batch, Experience, Stream
 
-    class Digits:
+    class Digits(Examples):
         def __init__(self, count: int) -> None:
             self.count = count
 
@@ -220,12 +221,6 @@ def test_a_stream_is_shown_as_data_for_training_and_for_test(tmp_path, store):
 
         def batch(self, index):
             return Batch(torch.zeros(len(index), 2), torch.zeros(len(index)))
-
-        def batches(self, indices):
-            return map(self.batch, indices)
-
-        def targets(self):
-            return None
 
     two = tuple(Experience(i, f"digits {i}", (i,), Digits(10), Digits(3)) for i in range(2))
     tracker = Tracker(tmp_path / "run", uri=store)

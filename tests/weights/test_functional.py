@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from clplat.learners.nets.gated import hgrn
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Inputs
 from clplat.streams.experience import Batch
+from clplat.streams.inputs import Inputs
 from clplat.weights import functional
 
 
@@ -47,7 +47,7 @@ def test_gradients_reach_what_was_given() -> None:
 
 def test_layers_that_share_their_bounds() -> None:
     """HGRN: torch's own `functional_call` would leave the tensor that was given in the place of the parameter."""
-    net = hgrn(Inputs(features=3, steps=4), partial(Head, outputs=2), hidden=8, layers=2)
+    net = hgrn(Inputs(features=3, length=4), partial(Head, outputs=2), hidden=8, layers=2)
     before = dict(net.named_parameters())
     other = {name: torch.randn_like(p) for name, p in before.items()}
     batch = Batch(torch.randn(2, 4, 3), torch.zeros(2, dtype=torch.int64))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from clplat.learners.mixers.dropout import DroppedEmbedding, LockedDropout
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, Output, State, check_sizes
+from clplat.learners.nets.net import Block, Net, Output, State, check_sizes
 from clplat.learners.nets.recurrent import RecurrentBlock
 from clplat.streams.experience import Batch
+from clplat.streams.inputs import Inputs
 
 
 class LockedBlock(RecurrentBlock):

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from clplat.learners.mixers.hgrn import HGRN, LowerBounds
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
+from clplat.learners.nets.net import Block, Net, State, check_sizes
 from clplat.learners.nets.transformer import NORMS, NormBlock
+from clplat.streams.inputs import Inputs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 """Of the gate, by name: with them the dense branch is GeGLU or SwiGLU (Shazeer 2020, arXiv 2002.05202)."""

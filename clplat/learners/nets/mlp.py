@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
+from clplat.learners.nets.net import Block, Net, State, check_sizes
+from clplat.streams.inputs import Inputs
 
 
 class Flatten(nn.Module):
@@ -100,7 +101,7 @@ def mlp(
             "An MLP gives one answer a sequence, and this stream has a target at every step: "
             "use learner=lstm, gru, elman or transformer."
         )
-    if inputs.steps is None:
+    if inputs.length is None:
         raise ValueError(
             "An MLP needs sequences of one length, and this stream's lengths differ: "
             "use learner=lstm, gru, elman or transformer."
@@ -110,10 +111,10 @@ def mlp(
         raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
     if inputs.vocabulary is not None:
         embed = nn.Embedding(inputs.vocabulary, embedding)
-        flatten = Flatten(inputs.steps * embedding, embed)
+        flatten = Flatten(inputs.length * embedding, embed)
     else:
         assert inputs.features is not None  # one of the two, by Inputs
-        flatten = Flatten(max(inputs.steps, 1) * inputs.features)
+        flatten = Flatten(max(inputs.length, 1) * inputs.features)
     blocks: list[Block] = []
     width = flatten.width
     for size in hidden:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
+from clplat.learners.nets.net import Block, Net, State, check_sizes
+from clplat.streams.inputs import Inputs
 
 
 class RecurrentBlock(Block):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from clplat.learners.mixers.attention import Attention
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Inputs, Net, State, check_sizes
+from clplat.learners.nets.net import Block, Net, State, check_sizes
+from clplat.streams.inputs import Inputs
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 """Normalisations by name: RMSNorm (Zhang & Sennrich 2019) and LayerNorm (Ba et al. 2016)."""
