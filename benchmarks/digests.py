@@ -186,6 +186,7 @@ GONE: list[str] = [r"^params/tracking\.uri$"]
 MOVED: dict[str, str] = {
     "clplat.run.Training": "clplat.settings.Training",
     "clplat.run.Evaluation": "clplat.settings.Evaluation",
+    "clplat.streams.text.markov_text": "clplat.streams.markov_text.markov_text",
     "clplat.tracking.Tracker": "clplat.tracking.tracker.Tracker",
 }
 """Classes and functions that are found elsewhere since."""

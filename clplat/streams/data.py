@@ -1,25 +1,61 @@
-"""Kinds of data: tensors in memory (of equal or of variable length), unions, and any torch data set read by workers.
+"""Data in memory: sequences of equal or of different lengths, and the rows of a batch.
 
 Letters: N examples, B batch, T time steps, D features, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from clplat.streams.batch import concatenate
-from clplat.streams.experience import UNSCORED, Batch, Data, StreamError
+from clplat.streams.experience import UNSCORED, Batch, Chunks, StreamError
+from clplat.streams.loader import ChunkLoader
+from clplat.streams.order import Order
 
 Transform = Callable[[Tensor], Tensor]
 """Changes the inputs of a whole batch, [B, ...] -> [B, ...], without randomness."""
 
 
-class TensorData:
+class Examples(ABC):
+    """Examples that are independent of one another: `__len__` and `batch` say which, all else of `Data` follows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of examples N."""
+
+    @abstractmethod
+    def batch(self, index: Tensor) -> Batch:
+        """The examples `index` [B] as one batch."""
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return map(self.batch, indices)
+
+    def targets(self) -> Tensor | None:
+        return None
+
+    def training(self, order: Order) -> Chunks:
+        if order.carries:
+            raise StreamError(
+                f"The state is carried from segment to segment, and the training set is {type(self).__name__}, whose "
+                "examples do not follow one another: use a strategy that leaves the training set as it is, or set "
+                "training.carry_state=false."
+            )
+        return ChunkLoader(self, order)
+
+    def test_batches(
+        self, batch_size: int, examples: int | None = None, carries: bool = False
+    ) -> Iterator[tuple[Batch, bool]]:
+        index = torch.arange(len(self))
+        if examples is not None and examples < len(self):
+            index = torch.linspace(0, len(self) - 1, examples, dtype=torch.float64).round().long()
+        return ((batch, False) for batch in self.batches(index.split(batch_size)))
+
+
+class TensorData(Examples):
     """Examples of equal length, or without a time axis, held as two tensors and read by one gather a batch.
 
     Several experiences share the same tensors: each keeps its own `rows` only.
@@ -66,16 +102,12 @@ class TensorData:
             index=index,
         )
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
-
     def targets(self) -> Tensor | None:
         """[N] classes, or None where the targets are not one class an example."""
         return self.y.index_select(0, self.rows) if self.y.ndim == 1 and not self.y.is_floating_point() else None
 
 
-class RaggedData:
+class RaggedData(Examples):
     """Sequences of different lengths: one flat tensor of all time steps, cut by offsets, padded batch by batch.
 
     Args:
@@ -131,61 +163,12 @@ class RaggedData:
         task = None if self.task is None else torch.full((len(index),), self.task)
         return Batch(x=x, y=y, lengths=lengths, task=task, index=index)
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
-
     def targets(self) -> Tensor | None:
         """[N] classes, or None where the targets are not one class a sequence."""
         return self.y[self.rows] if self.y.ndim == 1 and not self.per_step and not self.y.is_floating_point() else None
 
 
-class UnionData:
-    """The examples of several sets, in order, as one set.
-
-    Args:
-        parts: the sets; at least one.
-    """
-
-    def __init__(self, parts: Sequence[Data]) -> None:
-        self.parts = list(parts)
-        self.ends = torch.tensor([len(p) for p in self.parts]).cumsum(0)
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def batch(self, index: Tensor) -> Batch:
-        """The examples `index` [B]: one gather a part that occurs among them."""
-        return replace(gather(index, self.ends, lambda p, own: self.parts[p].batch(own)), index=index)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
-
-    def targets(self) -> Tensor | None:
-        """[N] classes of all parts, or None if one part has none."""
-        parts = [p.targets() for p in self.parts]
-        return None if any(t is None for t in parts) else torch.cat([t for t in parts if t is not None])
-
-
-def gather(index: Tensor, ends: Tensor, read: Callable[[int, Tensor], Batch]) -> Batch:
-    """The examples `index` [B] of several sets that stand one behind the other, by one read a set that occurs.
-
-    Args:
-        index: [B] int64.
-        ends: [parts] the number of examples up to the end of each set.
-        read: gives the rows of a set by their numbers in it.
-    """
-    part = torch.bucketize(index, ends, right=True)
-    order, pieces = [], []
-    for p in part.unique().tolist():
-        here = (part == p).nonzero().squeeze(1)
-        order.append(here)
-        pieces.append(read(p, index[here] - (int(ends[p - 1]) if p else 0)))
-    return concatenate(pieces).rows(torch.cat(order).argsort())
-
-
-class BatchData:
+class BatchData(Examples):
     """The rows of one batch as a set: what a buffer holds, to be trained on like any other data.
 
     Args:
@@ -202,62 +185,7 @@ class BatchData:
         """The examples `index` [B]."""
         return replace(self.rows.rows(index.to(self.rows.x.device)), index=index)
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
-
     def targets(self) -> Tensor | None:
         """[N] classes, or None where an example has no single class."""
         y = self.rows.y
         return y.cpu() if y.ndim == 1 and not y.is_floating_point() else None
-
-
-class WorkerData:
-    """Any map-style torch data set of (input, class) pairs, for data that do not fit in memory.
-
-    Args:
-        dataset: yields (x [T, D] or [D], y) for an index.
-        workers: processes that read ahead while training; 0 reads in the training process.
-        task: the task label of every example, None where the learner is not told.
-    """
-
-    def __init__(self, dataset: Dataset, workers: int = 0, task: int | None = None) -> None:
-        self.dataset, self.workers, self.task = dataset, workers, task
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
-
-    def batch(self, index: Tensor) -> Batch:
-        """The examples `index` [B], read one by one."""
-        return self._collate([(i, *self.dataset[i]) for i in index.tolist()])
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`, read ahead by `workers` processes."""
-        if self.workers == 0:
-            return map(self.batch, indices)
-        return iter(
-            DataLoader(
-                _Numbered(self.dataset),
-                batch_sampler=(index.tolist() for index in indices),
-                num_workers=self.workers,
-                collate_fn=self._collate,
-                generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
-            )
-        )
-
-    def targets(self) -> Tensor | None:
-        """None: reading every example to find its class would defeat the purpose."""
-        return None
-
-    def _collate(self, rows: list[tuple[int, Tensor, int]]) -> Batch:
-        index, x, y = zip(*rows, strict=True)
-        task = None if self.task is None else torch.full((len(rows),), self.task)
-        return Batch(x=torch.stack(x), y=torch.as_tensor(y), task=task, index=torch.tensor(index))
-
-
-class _Numbered(Dataset):
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple:
-        return (index, *self.dataset[index])

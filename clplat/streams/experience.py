@@ -1,167 +1,46 @@
-"""The contracts of a stream: Batch, Data, Experience and Stream.
+"""Contracts of a stream: Batch, Data, Experience and Stream.
 
 Letters: N examples, B batch, T time steps, D input features, O outputs per step, C classes, K experiences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from clplat.errors import UserError
+from clplat.streams.batch import UNSCORED, Batch, StreamError
 from clplat.streams.inputs import Inputs
+from clplat.streams.order import Order
 
-UNSCORED = -100
-"""The target of a step that is neither trained on nor scored (PyTorch's `ignore_index`)."""
+__all__ = ["UNSCORED", "Batch", "Chunks", "Data", "Experience", "Scenario", "Stream", "StreamError", "Target"]
 
 Scenario = Literal["task_incremental", "domain_incremental", "class_incremental", "boundary_free"]
 Target = Literal["class", "tag", "token", "bits", "value"]
 
 
-class StreamError(UserError, ValueError):
-    """A stream, or what is asked of it, that cannot be learned; the message says what was given and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some examples, tensors only. Absent fields mean the plain case, so that plain batches cost nothing.
+class Chunks(Protocol):
+    """Training batches of one experience in chunks, each an iterator of batches to be used up before the next one.
 
     Attributes:
-        x: inputs, [B, T, D] or [B, D] floats, or [B, T] token ids.
-        y: targets, by the stream's target kind: class [B]; tag and token [B, T] (`UNSCORED` where nothing is scored);
-            bits [B, T, O] of 0 and 1; value [B, O] or [B, T, O].
-        lengths: [B] valid time steps of each row, the rest of T is padding. None: all T are valid.
-        mask: [B, T] bool, True where the target is scored. None: everywhere within `lengths`.
-        task: [B] the task label of each row. None: the learner is not told (any stream but task-incremental).
-        index: [B] the example's number in its data set.
-        source: [B] uint8, 0 for the current experience, 1 for replay. None: all current.
-        weight: [B] weight of each row in the objective. None: all 1.
-        extra: further [B, ...] fields that a strategy stored (logits, features, codes).
-        reset: [B, T] bool, True where a document starts: nothing before that step may be seen from it. None: nowhere
-            but at the first step.
+        nominal: T of the segments where their lengths are drawn around it, else None.
     """
 
-    x: Tensor
-    y: Tensor
-    lengths: Tensor | None = None
-    mask: Tensor | None = None
-    task: Tensor | None = None
-    index: Tensor | None = None
-    source: Tensor | None = None
-    weight: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    reset: Tensor | None = None
+    nominal: int | None
 
     def __len__(self) -> int:
-        """The number of rows B."""
-        return self.x.shape[0]
+        """The number of chunks."""
+        ...
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; itself if it is there already."""
-        if self.x.device == torch.device(device):
-            return self
-        return self._map(lambda t: t.to(device, non_blocking=True))
-
-    def rows(self, index: Tensor) -> Batch:
-        """The rows `index` ([M] integers, or [B] bool) of every field."""
-        return self._map(lambda t: t[index])
-
-    def valid(self) -> Tensor | None:
-        """[B, T] bool, False on padding; None when there is no padding."""
-        if self.lengths is None:
-            return None
-        return torch.arange(self.x.shape[1], device=self.x.device) < self.lengths[:, None]
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        extra = {name: change(t) for name, t in present.pop("extra").items()}
-        return Batch(**{name: change(t) for name, t in present.items()}, extra=extra)
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """One batch of all rows in order. Rows of different T are padded on the right and get lengths.
-
-    A field that only some have is filled with what its absence means: full lengths, scored everywhere, source 0,
-    weight 1, no reset. `extra` fields must be in all batches or are dropped.
-
-    Raises:
-        StreamError: some batches carry task labels and some do not.
-    """
-    if len(batches) == 1:
-        return batches[0]
-    if len({b.task is None for b in batches}) == 2:
-        raise StreamError("Cannot join a batch with task labels and one without: give all rows a task label, or none.")
-    sequences = batches[0].x.ndim >= 2 and any(b.lengths is not None for b in batches)
-    ragged = batches[0].x.ndim >= 2 and len({b.x.shape[1] for b in batches}) > 1
-    if ragged or sequences:
-        batches = [_pad(b, max(b.x.shape[1] for b in batches)) for b in batches]
-    if any(b.mask is not None for b in batches):
-        batches = [replace(b, mask=_scored(b)) if b.mask is None else b for b in batches]
-    if any(b.reset is not None for b in batches):
-        batches = [replace(b, reset=_nowhere(b)) if b.reset is None else b for b in batches]
-
-    def joined(name: str, absent: int) -> Tensor | None:
-        parts = [getattr(b, name) for b in batches]
-        if all(p is None for p in parts):
-            return None
-        like = next(p for p in parts if p is not None)
-        return torch.cat(
-            [like.new_full((len(b),), absent) if p is None else p for b, p in zip(batches, parts, strict=True)]
-        )
-
-    common = set.intersection(*(set(b.extra) for b in batches))
-    return Batch(
-        x=torch.cat([b.x for b in batches]),
-        y=torch.cat([b.y for b in batches]),
-        lengths=joined("lengths", -1),
-        mask=torch.cat([b.mask for b in batches if b.mask is not None]) if batches[0].mask is not None else None,
-        task=joined("task", -1),
-        index=joined("index", -1),
-        source=joined("source", 0),
-        weight=joined("weight", 1),
-        extra={name: torch.cat([b.extra[name] for b in batches]) for name in sorted(common)},
-        reset=torch.cat([b.reset for b in batches if b.reset is not None]) if batches[0].reset is not None else None,
-    )
-
-
-def _nowhere(batch: Batch) -> Tensor:
-    return batch.x.new_zeros(batch.x.shape[:2], dtype=torch.bool)
-
-
-def _scored(batch: Batch) -> Tensor:
-    valid = batch.valid()
-    return batch.x.new_ones(batch.x.shape[:2], dtype=torch.bool) if valid is None else valid
-
-
-def _pad(batch: Batch, length: int) -> Batch:
-    more, rows = length - batch.x.shape[1], len(batch)
-    lengths = (
-        batch.lengths if batch.lengths is not None else torch.full((rows,), batch.x.shape[1], device=batch.x.device)
-    )
-    if more == 0:
-        return replace(batch, lengths=lengths)
-    # Targets a step are [B, T] integers or [B, T, O]; float [B, O] is one vector a sequence, also where O equals T.
-    per_step = batch.y.ndim == 3 or (batch.y.ndim == 2 and not batch.y.is_floating_point())
-    fill = 0 if batch.y.is_floating_point() else UNSCORED
-    after = [0] * (2 * (batch.x.ndim - 2)) + [0, more]
-    return replace(
-        batch,
-        x=F.pad(batch.x, after),
-        y=F.pad(batch.y, [0] * (2 * (batch.y.ndim - 2)) + [0, more], value=fill) if per_step else batch.y,
-        lengths=lengths,
-        mask=None if batch.mask is None else F.pad(batch.mask, [0, more]),
-        reset=None if batch.reset is None else F.pad(batch.reset, [0, more]),
-    )
+    def __iter__(self) -> Iterator[Iterator[Batch]]: ...
 
 
 @runtime_checkable
 class Data(Protocol):
-    """Examples that can be asked for by whole batches."""
+    """Examples that can be asked for by whole batches. `clplat.streams.data.Examples` gives all but two methods."""
 
     def __len__(self) -> int:
         """The number of examples N."""
@@ -177,6 +56,27 @@ class Data(Protocol):
 
     def targets(self) -> Tensor | None:
         """[N] class of every example, or None where an example has no single class."""
+        ...
+
+    def training(self, order: Order) -> Chunks:
+        """The batches to train on, in order.
+
+        Raises:
+            StreamError: a state is to be carried from batch to batch, and these examples do not follow one another.
+        """
+        ...
+
+    def test_batches(
+        self, batch_size: int, examples: int | None = None, carries: bool = False
+    ) -> Iterator[tuple[Batch, bool]]:
+        """The batches to score, each with whether its rows go on where those of the batch before ended.
+
+        Args:
+            batch_size: B; segments whose state is carried come in as many rows as they are laid out in.
+            examples: take so many, evenly spaced and always the same; None: all. Of segments whose state is carried:
+                the first of them, in whole rows.
+            carries: the state is carried where examples follow one another.
+        """
         ...
 
 
@@ -232,7 +132,7 @@ class Stream:
     @property
     def inputs(self) -> Inputs:
         """What a net is built for."""
-        return self.inputs
+        return Inputs(self.features, self.vocabulary, self.length, self.per_step)
 
     def __len__(self) -> int:
         """The number of experiences K."""

@@ -5,12 +5,13 @@ Letters: N examples, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from clplat.streams.data import Examples
 from clplat.streams.experience import Batch, Data, StreamError
 from clplat.streams.union import gather
 
@@ -18,7 +19,7 @@ WEIGHED = 256
 """Examples that `data_bytes` looks at."""
 
 
-class MixedData:
+class MixedData(Examples):
     """Chosen examples of the current set and of earlier ones, in order, as one set.
 
     Unlike in a union, `Batch.index` stays the example's number in its own set, and the rows of all parts but the
@@ -45,10 +46,6 @@ class MixedData:
     def batch(self, index: Tensor) -> Batch:
         """The examples `index` [B]: one gather a part that occurs among them."""
         return gather(index, self.ends, self._read)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
 
     def targets(self) -> Tensor | None:
         """[N] classes of all parts, or None if one part has none."""

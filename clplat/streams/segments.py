@@ -9,13 +9,17 @@ Letters: N steps in all, R rows, L steps a row, T steps a segment, S segments a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import UNSCORED, Batch, Data, Stream, StreamError
+from clplat.streams.batch import UNSCORED, Batch, StreamError
+from clplat.streams.data import Examples
+from clplat.streams.experience import Chunks, Stream
 from clplat.streams.loader import ChunkLoader, stable_seed
+from clplat.streams.order import Order
 
 FULL = 0.95
 """Probability that a segment of random length is drawn around T, else around T / 2 (p of Merity et al. 2018)."""
@@ -27,7 +31,7 @@ SHORTEST = 5
 """No segment of random length is drawn shorter; from the authors' code, the paper names no bound."""
 
 
-class SegmentData:
+class SegmentData(Examples):
     """One long sequence of documents as R rows, each cut into S segments of T steps.
 
     Segment s of row r is example s * R + r. Read by `batch`, examples are independent: each is meant to start from a
@@ -86,10 +90,6 @@ class SegmentData:
         reset[:, 0] = False  # fresh anyway; mixers are faster where nothing is marked
         return Batch(x=x, y=y, mask=mask, task=self._task(len(index)), index=index, reset=_unless_none(reset))
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
-
     def in_order(self, ends: Sequence[int] | None = None) -> Iterator[Batch]:
         """One pass: the segments of all rows, [R, T], one after the other.
 
@@ -115,56 +115,55 @@ class SegmentData:
             )
             begin = end
 
-    def targets(self) -> Tensor | None:
-        """None: an example has no single class."""
-        return None
+    def training(self, order: Order) -> Chunks:
+        if not order.carries:
+            return super().training(order)
+        if order.batch_size != self.rows:
+            raise StreamError(
+                f"training.batch_size: got {order.batch_size}, and the training text is laid out in {self.rows} rows, "
+                "all of which make one batch: set stream.rows=${training.batch_size} (its default), or "
+                "training.carry_state=false."
+            )
+        return SegmentLoader(self, order)
+
+    def test_batches(
+        self, batch_size: int, examples: int | None = None, carries: bool = False
+    ) -> Iterator[tuple[Batch, bool]]:
+        if not carries:
+            return super().test_batches(batch_size, examples)
+        count = len(self) if examples is None else min(examples, len(self))
+        segments = islice(self.in_order(), max(count // self.rows, 1))
+        return ((batch, number > 0) for number, batch in enumerate(segments))
 
     def _task(self, rows: int) -> Tensor | None:
         return None if self.task is None else torch.full((rows,), self.task)
 
 
 class SegmentLoader(ChunkLoader):
-    """Yields chunks of segments in order, pass after pass, until `steps` batches were given; see `ChunkLoader`.
+    """Yields chunks of segments in order, pass after pass, until `order.steps` batches were given; see `ChunkLoader`.
 
-    With `vary` a pass is cut into segments of random length. It then has other than S segments; `steps` stays what it
-    is, so the last pass may end early.
+    With `order.vary` a pass is cut into segments of random length. It then has other than S segments; the number of
+    steps stays what it is, so the last pass may end early.
 
     Args:
         data: the training set of the experience.
-        steps: batches in total.
-        seed: of the random lengths.
-        experience: number of the experience, part of the seed.
-        start: the first batch to give, 0..steps.
-        chunk: at most this many batches a chunk.
-        cuts: see `ChunkLoader`.
-        offset: number of steps taken before this experience.
-        vary: segments of random length, see `random_ends`.
+        order: which batches.
     """
 
-    def __init__(
-        self,
-        data: SegmentData,
-        steps: int,
-        seed: int,
-        experience: int,
-        start: int = 0,
-        chunk: int = 32,
-        cuts: Sequence[int] = (),
-        offset: int = 0,
-        vary: bool = False,
-    ) -> None:
-        super().__init__(data, data.rows, steps, seed, experience, start, chunk, cuts, offset)
-        self.segments, self.vary = data, vary
+    def __init__(self, data: SegmentData, order: Order) -> None:
+        super().__init__(data, order)
+        self.segments = data
+        self.nominal = data.steps if order.vary else None
 
     def _batches(self) -> Iterator[Batch]:
-        given, number = 0, 0
+        order, given, number = self.order, 0, 0
         while True:
             ends = None
-            if self.vary:
-                generator = torch.Generator().manual_seed(stable_seed(self.seed, "segments", self.experience, number))
+            if order.vary:
+                generator = torch.Generator().manual_seed(stable_seed(order.seed, "segments", order.experience, number))
                 ends = random_ends(self.segments.length, self.segments.steps, generator)
             for batch in self.segments.in_order(ends):
-                if given >= self.start:
+                if given >= order.start:
                     yield batch
                 given += 1
             number += 1
@@ -194,7 +193,7 @@ def random_ends(length: int, steps: int, generator: torch.Generator) -> list[int
 
 
 def segmented(stream: Stream) -> bool:
-    """Whether all sets of a stream are in segments.
+    """Whether all sets of a stream are in segments, so that a state can be carried.
 
     Raises:
         StreamError: some are, and some are not.
@@ -206,26 +205,6 @@ def segmented(stream: Stream) -> bool:
             "make all training and test sets SegmentData, or none."
         )
     return kinds == {True}
-
-
-def segments_of(data: Data, rows: int) -> SegmentData:
-    """`data`, which must be segments in as many rows as a batch has.
-
-    Raises:
-        StreamError: it is not.
-    """
-    if not isinstance(data, SegmentData):
-        raise StreamError(
-            f"The state is carried from segment to segment, and the training set is {type(data).__name__}, whose "
-            "examples do not follow one another: use a strategy that leaves the training set as it is, or set "
-            "training.carry_state=false."
-        )
-    if data.rows != rows:
-        raise StreamError(
-            f"training.batch_size: got {rows}, and the training text is laid out in {data.rows} rows, all of which make "
-            "one batch: set stream.rows=${training.batch_size} (its default), or training.carry_state=false."
-        )
-    return data
 
 
 def _unless_none(reset: Tensor) -> Tensor | None:

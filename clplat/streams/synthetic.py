@@ -9,12 +9,13 @@ Letters: B batch, T time steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from clplat.streams.data import Examples
 from clplat.streams.experience import Batch, StreamError
 from clplat.streams.loader import stable_seed
 
@@ -84,7 +85,7 @@ Generate = Callable[[Draws], Batch]
 """Makes a batch of all examples of `draws.index` at once; row b may depend on row b of the draws only."""
 
 
-class GeneratedData:
+class GeneratedData(Examples):
     """Examples made when they are asked for, whole batches at a time.
 
     Args:
@@ -110,10 +111,6 @@ class GeneratedData:
         """The examples `index` [B] as one batch."""
         task = None if self.task is None else torch.full((len(index),), self.task)
         return replace(self.generate(Draws(self.key, index)), index=index, task=task)
-
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`."""
-        return map(self.batch, indices)
 
     def targets(self) -> Tensor | None:
         """[N] classes, or None where the targets are not one class an example. Generates all examples once."""

@@ -10,9 +10,7 @@ Letters: N steps, V tokens, R regimes, K experiences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from clplat.streams.experience import Experience, Stream, StreamError
 from clplat.streams.labelled import scenario_of
-from clplat.streams.loader import stable_seed
+from clplat.streams.markov import markov_seed, markov_source
 from clplat.streams.segments import SegmentData
 
 TOY = "abcdefgh .,"
@@ -112,7 +110,7 @@ def text_of(
         vocabulary = torch.cat([d for documents in encoded.values() for d in documents] or [vocabulary]).unique()
     parts = []
     for index, (domain, documents) in enumerate(encoded.items()):
-        x, y, first = _steps([torch.searchsorted(vocabulary, d) for d in documents], len(vocabulary))
+        x, y, first = steps_of([torch.searchsorted(vocabulary, d) for d in documents], len(vocabulary))
         tested, held = round(test_fraction * len(y)), round(valid_fraction * len(y))
         task = index if task_incremental else None
         ends = [0, len(y) - tested - held, len(y) - tested, len(y)]
@@ -124,140 +122,7 @@ def text_of(
         except StreamError as error:
             raise StreamError(f"text, experience {index} ({domain}): {error}") from error
         parts.append(Experience(index, domain, (), train, test, valid, task))
-    return _stream(name, parts, len(vocabulary), task_incremental)
-
-
-@dataclass(frozen=True)
-class MarkovSource:
-    """Documents whose first letter is uniform and names a regime; what follows is a Markov chain of that regime.
-
-        p(c_1) = 1 / V,    p(c_t | c_1..c_{t-1}) = P[c_1 mod R, c_{t-1}, c_t]
-
-    With R > 1 the first letter matters to the last one: a state that is cut off loses bits. With R = 1 it is a plain
-    chain. The entropy is known in closed form (Shannon 1948, section 7: the mean of the rows' entropies).
-
-    Attributes:
-        transitions: [R, V, V] float64, rows sum to 1.
-    """
-
-    transitions: Tensor
-
-    def sample(self, documents: int, length: int, generator: torch.Generator) -> Tensor:
-        """[documents, length] int64 letters, by inverse distribution functions."""
-        regimes, letters = self.transitions.shape[:2]
-        drawn = torch.rand(documents, length, generator=generator, dtype=torch.float64)
-        columns = [(drawn[:, 0] * letters).long()]
-        regime, below = columns[0] % regimes, self.transitions.cumsum(-1)[..., :-1]
-        for u in drawn.unbind(1)[1:]:
-            columns.append((u[:, None] >= below[regime, columns[-1]]).sum(1))
-        return torch.stack(columns, 1)
-
-    def bits(self, tokens: Tensor) -> Tensor:
-        """-log2 p of each letter, [documents, length], for the letters of whole documents."""
-        regimes, letters = self.transitions.shape[:2]
-        first = torch.full(tokens[:, :1].shape, math.log2(letters), dtype=torch.float64)
-        p = self.transitions[(tokens[:, 0] % regimes)[:, None], tokens[:, :-1], tokens[:, 1:]]
-        return torch.cat([first, -p.log2()], 1)
-
-    def entropy(self, length: int) -> float:
-        """The expected bits a letter over a whole document of this length: H(document) / length."""
-        regimes, letters = self.transitions.shape[:2]
-        rows = torch.special.entr(self.transitions).sum(-1) / math.log(2)  # [R, V]
-        at = torch.zeros(regimes, letters, dtype=torch.float64)  # [R, V] p(regime, c_t)
-        at[torch.arange(letters) % regimes, torch.arange(letters)] = 1 / letters
-        total = math.log2(letters)
-        for _ in range(length - 1):
-            total += float((at * rows).sum())
-            at = torch.einsum("ri,rij->rj", at, self.transitions)
-        return total / length
-
-
-def markov_source(letters: int, regimes: int, sharpness: float, seed: int) -> MarkovSource:
-    """A source with random transitions: each row is a softmax of V numbers from N(0, sharpness^2).
-
-    Args:
-        letters: V, at least 2.
-        regimes: R, 1..V.
-        sharpness: 0 makes all letters alike; the larger, the fewer bits.
-        seed: of the transitions.
-
-    Raises:
-        StreamError: a number that is not allowed.
-    """
-    if letters < 2 or not 1 <= regimes <= letters or not sharpness >= 0:
-        raise StreamError(
-            f"markov text: letters must be at least 2, regimes lie in 1..letters and sharpness be at least 0, got "
-            f"{letters}, {regimes} and {sharpness}."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(regimes, letters, letters, generator=generator, dtype=torch.float64)
-    return MarkovSource((sharpness * numbers).softmax(-1))
-
-
-def markov_text(
-    experiences: int = 3,
-    letters: int = 8,
-    regimes: int = 4,
-    sharpness: float = 2.0,
-    document: int = 200,
-    bptt: int = 35,
-    rows: int = 32,
-    test_rows: int = 8,
-    train_size: int = 500,
-    valid_size: int = 0,
-    test_size: int = 100,
-    task_incremental: bool = False,
-    order_seed: int = 0,
-    data_seed: int = 0,
-) -> Stream:
-    """Generated text: each experience has a `MarkovSource` of its own over the same letters.
-
-    The least bits a token that can be reached on experience k is `markov_source(letters, regimes, sharpness,
-    markov_seed(order_seed, k)).entropy(document)`, as a mean over texts, with a state that is carried.
-
-    Args:
-        experiences: K.
-        letters: V.
-        regimes: R of each source.
-        sharpness: of the transitions.
-        document: letters of a document.
-        bptt: steps of a segment.
-        rows: of the training and validation text, read side by side; with a carried state the batch size.
-        test_rows: of the test texts.
-        train_size: documents to train on, in each experience.
-        valid_size: documents to validate on; 0 for no such set.
-        test_size: documents to test on.
-        task_incremental: tell the learner which source a text is from.
-        order_seed: of the sources.
-        data_seed: of the documents.
-
-    Raises:
-        StreamError: sizes below 1, or numbers that `markov_source` refuses.
-    """
-    if min(experiences, document, train_size, test_size) < 1 or valid_size < 0:
-        raise StreamError(
-            "markov text: experiences, document, train_size and test_size must be at least 1 and valid_size at least "
-            f"0, got {experiences}, {document}, {train_size}, {test_size} and {valid_size}."
-        )
-    parts = []
-    for index in range(experiences):
-        source = markov_source(letters, regimes, sharpness, markov_seed(order_seed, index))
-        task, sets = (index if task_incremental else None), []
-        for split, size in (("train", train_size), ("valid", valid_size), ("test", test_size)):
-            generator = torch.Generator().manual_seed(stable_seed(data_seed, "markov text", index, split))
-            documents = list(source.sample(size, document, generator)) if size else []
-            side_by_side = test_rows if split == "test" else rows
-            sets.append(SegmentData(*_steps(documents, letters), side_by_side, bptt, task) if size else None)
-        train, valid, test = sets
-        assert train is not None
-        assert test is not None
-        parts.append(Experience(index, f"markov source {index}", (), train, test, valid, task))
-    return _stream("markov_text", parts, letters, task_incremental)
-
-
-def markov_seed(order_seed: int, index: int) -> int:
-    """The seed of the source of experience `index`."""
-    return stable_seed(order_seed, "markov source", index)
+    return token_stream(name, parts, len(vocabulary), task_incremental)
 
 
 def toy_text() -> dict[str, list[str]]:
@@ -294,7 +159,7 @@ def _codes(document: str, unit: str) -> Tensor:
     return torch.tensor([*map(ord, document)])
 
 
-def _steps(documents: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
+def steps_of(documents: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs [N], targets [N] and marks of first steps [N] of documents, one behind the other."""
     if not documents:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
@@ -304,7 +169,7 @@ def _steps(documents: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, Ten
     return torch.where(first, start, y.roll(1)), y, first
 
 
-def _stream(name: str, parts: Sequence[Experience], tokens: int, task_incremental: bool) -> Stream:
+def token_stream(name: str, parts: Sequence[Experience], tokens: int, task_incremental: bool) -> Stream:
     return Stream(
         name=name,
         experiences=tuple(parts),

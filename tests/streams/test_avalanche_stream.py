@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from clplat._torchvision import ensure_importable
-from clplat.streams import avalanche as bridge
+from clplat.streams import avalanche_data, avalanche_reader
 from clplat.streams.avalanche import from_avalanche
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Data, StreamError
@@ -84,7 +84,7 @@ MNISTS = [
 def test_classic_benchmarks_are_read_at_once_and_equal_avalanches_items(
     root, make, arguments, scenario, cache, monkeypatch
 ):
-    monkeypatch.setattr(bridge, "DataLoader", lambda *_, **__: pytest.fail("read one by one"))
+    monkeypatch.setattr(avalanche_data, "DataLoader", lambda *_, **__: pytest.fail("read one by one"))
     benchmark = make(dataset_root=root, **arguments)
     stream = from_avalanche(benchmark, cache=cache)
     stream.check()
@@ -224,7 +224,7 @@ def test_a_random_augmentation_is_not_frozen(root):
 
 
 def test_a_reader_that_is_wrong_is_not_used(root, monkeypatch):
-    monkeypatch.setattr(bridge, "_to_floats", lambda images: images.float())  # forgets the 255
+    monkeypatch.setattr(avalanche_reader, "_to_floats", lambda images: images.float())  # forgets the 255
     benchmark = SplitMNIST(5, dataset_root=root, seed=0)
     assert_same(from_avalanche(benchmark)[0].train, benchmark.train_stream[0].dataset, (28, 28))
 

@@ -10,10 +10,11 @@ from torch.utils.data import Dataset
 from clplat.streams.batch import concatenate
 from clplat.streams.data import RaggedData, TensorData
 from clplat.streams.domain import domain
-from clplat.streams.experience import UNSCORED, Batch, Data, Experience, Stream, StreamError
+from clplat.streams.experience import UNSCORED, Batch, Chunks, Data, Experience, Stream, StreamError
 from clplat.streams.joint import joint
 from clplat.streams.labelled import Labelled, hold_out, lay_out
-from clplat.streams.loader import ChunkLoader, stable_seed
+from clplat.streams.loader import stable_seed
+from clplat.streams.order import Order
 from clplat.streams.permuted import Permutation, permuted
 from clplat.streams.rotated import rotated, rotation
 from clplat.streams.split import split
@@ -522,7 +523,7 @@ def test_check_refuses_a_stream_without_experiences_and_tokens_out_of_range():
         checked(tokens, vocabulary=9, features=None).check()
 
 
-# ChunkLoader -----------------------------------------------------------------------------------------------------
+# Batches to train on -----------------------------------------------------------------------------------------------------
 
 
 def numbered(n: int) -> TensorData:
@@ -533,12 +534,12 @@ def rows(batches: list[Batch]) -> list[list[float]]:
     return [b.x[:, 0].tolist() for b in batches]
 
 
-def flat(loader: ChunkLoader) -> list[list[float]]:
+def flat(loader: Chunks) -> list[list[float]]:
     return rows([b for chunk in loader for b in chunk])
 
 
 def test_a_pass_holds_every_example_once_and_passes_differ():
-    order = flat(ChunkLoader(numbered(10), 4, steps=6, seed=0, experience=0))
+    order = flat(numbered(10).training(Order(4, steps=6, seed=0, experience=0)))
     passes = [[i for batch in part for i in batch] for part in (order[:3], order[3:])]
     assert [len(b) for b in order] == [4, 4, 2, 4, 4, 2]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(10))
@@ -550,14 +551,16 @@ def test_a_pass_holds_every_example_once_and_passes_differ():
 def test_a_start_in_the_middle_gives_the_tail_of_the_uninterrupted_order(n, size, steps, data):
     start = data.draw(st.integers(0, steps))
     chunk = data.draw(st.integers(1, 5))
-    whole = flat(ChunkLoader(numbered(n), size, steps, seed=3, experience=1))
-    assert flat(ChunkLoader(numbered(n), size, steps, seed=3, experience=1, start=start, chunk=chunk)) == whole[start:]
+    whole = flat(numbered(n).training(Order(size, steps, seed=3, experience=1)))
+    assert (
+        flat(numbered(n).training(Order(size, steps, seed=3, experience=1, start=start, chunk=chunk))) == whole[start:]
+    )
 
 
 def test_order_depends_on_seed_and_experience_alone():
     def order(seed: int, experience: int) -> list[list[float]]:
         torch.manual_seed(torch.seed() % 1000)
-        return flat(ChunkLoader(numbered(50), 10, 5, seed, experience))
+        return flat(numbered(50).training(Order(10, 5, seed, experience)))
 
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(1, 0)
@@ -573,7 +576,7 @@ def test_order_depends_on_seed_and_experience_alone():
     st.integers(0, 20),
 )
 def test_chunks_end_at_every_cut_and_are_never_too_long(start, more, chunk, cuts, offset):
-    loader = ChunkLoader(numbered(4), 2, start + more, 0, 0, start, chunk, cuts, offset)
+    loader = numbered(4).training(Order(2, start + more, 0, 0, start, chunk, cuts, offset))
     sizes = [sum(1 for _ in chunk) for chunk in loader]
     assert len(loader) == len(sizes)
     assert sum(sizes) == more

@@ -13,6 +13,7 @@ from torch import Tensor
 from clplat import checkpoint
 from clplat.evaluate import evaluate
 from clplat.importance.fisher import fisher
+from clplat.learners.carry import Carry
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
 from clplat.learners.mixers.gru import GRU
@@ -23,6 +24,7 @@ from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.metrics import ScoreTable
 from clplat.run import Run
 from clplat.settings import Evaluation, Training
 from clplat.strategies.agem import AGEM
@@ -83,6 +85,7 @@ class Watch(Strategy):
     def __init__(self) -> None:
         super().__init__()
         self.logits: list[Tensor] = []
+        self.carry: Carry | None = None
         self.before: list[Any] = []
         self.gradients_seen: list[dict[str, Tensor]] = []
         self.rates: list[float] = []
@@ -90,7 +93,7 @@ class Watch(Strategy):
 
     def loss(self, learner: Learner, batch: Batch, output: Any) -> dict[str, Tensor]:
         self.logits.append(output.logits.detach().clone())
-        self.before.append(learner.carried)
+        self.before.append(None if self.carry is None else self.carry.state)
         return {}
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
@@ -100,6 +103,12 @@ class Watch(Strategy):
         assert learner.optimizer is not None
         self.rates.append(learner.optimizer.param_groups[0]["lr"])
         self.lengths.append(batch.x.shape[1])
+
+
+def watched(run: Run, watch: Watch) -> ScoreTable:
+    """Run to the end, where `watch` sees what is carried."""
+    watch.carry = run.carry
+    return run.go()
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
@@ -190,7 +199,7 @@ def test_random_lengths_follow_the_paper_and_cover_the_row():
 def test_carried_segments_have_the_values_of_one_long_pass(trainer, mixer, starts):
     stream, watch = text_stream(starts=starts), Watch()
     learner = make_learner(stream, watch, lr=0.0, mixer=mixer)
-    Run(stream, learner, trainer(), Training(batch_size=ROWS, epochs=2)).go()
+    watched(Run(stream, learner, trainer(), Training(batch_size=ROWS, epochs=2)), watch)
     net = make_net(stream, mixer)
     expected = [net(whole(e.train)).logits for e in stream for _ in range(2)]  # pyright: ignore[reportArgumentType]
     assert len(watch.logits) == 2 * 2 * 3
@@ -266,7 +275,7 @@ def test_resets_are_separate_documents():
 def test_every_experience_begins_fresh_and_no_segment_after_it_does(trainer):
     watch = Watch()
     stream = text_stream()
-    Run(stream, make_learner(stream, watch), trainer(), Training(batch_size=ROWS, epochs=1)).go()
+    watched(Run(stream, make_learner(stream, watch), trainer(), Training(batch_size=ROWS, epochs=1)), watch)
     assert [b is None for b in watch.before] == [True, False, False] * 2
     carried = [t for b in watch.before if b is not None for s in b for t in s]
     assert not any(t.requires_grad for t in carried)
@@ -274,10 +283,9 @@ def test_every_experience_begins_fresh_and_no_segment_after_it_does(trainer):
 
 def test_without_carrying_segments_are_examples_like_any_others(trainer):
     stream, watch = text_stream(), Watch()
-    learner = make_learner(stream, watch)
-    Run(stream, learner, trainer(), Training(batch_size=2, epochs=1, carry_state=False)).go()
-    assert learner.carried is None
-    assert all(b is None for b in watch.before)
+    run = Run(stream, make_learner(stream, watch), trainer(), Training(batch_size=2, epochs=1, carry_state=False))
+    run.go()
+    assert run.carry is None
     assert [len(logits) for logits in watch.logits] == [2, 2, 2, 2, 1] * 2
 
 
@@ -302,14 +310,13 @@ def test_evaluation_has_a_state_of_its_own_and_leaves_that_of_the_training(train
         finals.append(weights(learner))
     assert same(*finals)
     assert torch.equal(tables[0].R, tables[1].R)
-    learner.carried = tuple(None if s is None else tuple(t + 1e6 for t in s) for s in learner.carried or ())
-    scores, _ = evaluate(learner, stream.experiences)
+    scores, _ = evaluate(learner, stream.experiences, carries=True)
     objective = objective_for("token")
     for score, experience in zip(scores, stream, strict=True):
         batch = whole(experience.test)  # pyright: ignore[reportArgumentType]
         total, count = objective.score(learner.net(batch).logits.detach(), batch)
         assert score == pytest.approx(float(total / count), abs=1e-12)
-    parts, _ = evaluate(learner, stream.experiences, examples=ROWS)
+    parts, _ = evaluate(learner, stream.experiences, examples=ROWS, carries=True)
     assert parts != scores
 
 
@@ -320,7 +327,7 @@ def test_replayed_rows_start_fresh_and_leave_nothing_behind(trainer):
         watch = Watch()
         parts = {"watch": watch} if strategy is None else {"replay": strategy, "watch": watch}
         learner = make_learner(stream, Composite(parts), lr=0.0)
-        Run(stream, learner, trainer(), Training(batch_size=ROWS, epochs=2)).go()
+        watched(Run(stream, learner, trainer(), Training(batch_size=ROWS, epochs=2)), watch)
         states.append(watch)
     plain, replayed = states
     assert any(len(r) == 2 * ROWS for r in replayed.logits)
@@ -348,18 +355,14 @@ def test_replayed_rows_start_fresh_and_leave_nothing_behind(trainer):
 def test_the_fisher_takes_each_segment_from_a_fresh_state():
     stream = text_stream()
     learner = make_learner(stream)
-    learner.carries, found = True, []
-    for size in (0.0, 3.0):
-        learner.carried = ((torch.full((ROWS, 4), size).double(), torch.full((ROWS, 4), size).double()),)
-        found.append(fisher(learner, stream[0].train, "empirical", None, torch.Generator(), batch_size=ROWS))
-    assert same(*found)
+    found = fisher(learner, stream[0].train, "empirical", None, torch.Generator(), batch_size=ROWS)
     total = {n: torch.zeros_like(p) for n, p in learner.weights().items()}
     for i in range(len(stream[0].train)):
         batch = stream[0].train.batch(torch.tensor([i]))
         loss = learner.objective.losses(learner.net(batch).logits, batch).sum()
         for name, g in zip(total, torch.autograd.grad(loss, list(learner.weights().values())), strict=True):
             total[name] += g**2 / len(stream[0].train)
-    assert all(torch.allclose(total[n], found[0][n], rtol=1e-9, atol=1e-12) for n in total)
+    assert all(torch.allclose(total[n], found[n], rtol=1e-9, atol=1e-12) for n in total)
 
 
 # Kill and resume --------------------------------------------------------------------------------------------------------
@@ -503,6 +506,7 @@ def test_these_strategies_work(trainer, strategy, vary):
 def test_a_state_is_carried_in_bfloat16_too(trainer):
     stream, watch = text_stream(starts=True), Watch()
     learner = make_learner(stream, watch).float()
-    table = Run(stream, learner, trainer(precision="bf16-mixed"), Training(batch_size=ROWS, epochs=2)).go()
+    run = Run(stream, learner, trainer(precision="bf16-mixed"), Training(batch_size=ROWS, epochs=2))
+    table = watched(run, watch)
     assert torch.isfinite(table.R).all()
     assert sum(b is not None for b in watch.before) == 10

@@ -174,9 +174,7 @@ def true_learner(source: MarkovSource) -> Learner:
         table = source.transitions[torch.arange(letters) % regimes].log().flatten(0, 1)  # [first * V + last, V]
         head.linear.weight.copy_(torch.cat([table, torch.zeros(1, letters)]).T)
         head.linear.bias.zero_()
-    learner = Learner(Net(embedding, [Regime(letters)], head, per_step=True), NextToken())
-    learner.carries = True
-    return learner
+    return Learner(Net(embedding, [Regime(letters)], head, per_step=True), NextToken())
 
 
 def test_the_true_source_scores_its_entropy_and_needs_its_state_for_it():
@@ -185,14 +183,13 @@ def test_the_true_source_scores_its_entropy_and_needs_its_state_for_it():
     for k, experience in enumerate(stream):
         source = markov_source(8, 4, 2.0, markov_seed(0, k))
         learner = true_learner(source)
-        (score,), _ = evaluate(learner, [experience])
+        (score,), _ = evaluate(learner, [experience], carries=True)
         assert isinstance(experience.test, SegmentData)
         bits = source.bits(experience.test.y.reshape(2000, 40)).mean(1)
         assert score == pytest.approx(float(bits.mean()), abs=1e-9)
         error = float(bits.std()) / len(bits) ** 0.5
         assert error < 0.02
         assert abs(score - source.entropy(40)) < 3 * error
-        learner.carries = False
         (without,), _ = evaluate(learner, [experience])
         assert without > score + 0.1
 
