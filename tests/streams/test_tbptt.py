@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.evaluate import evaluate
 from clplat.importance.fisher import fisher
 from clplat.learners.carry import Carry
@@ -38,7 +39,7 @@ from clplat.strategies.mas import MAS
 from clplat.strategies.mir import MIR
 from clplat.strategies.replay import Replay
 from clplat.strategies.si import SI
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream, StreamError
@@ -434,8 +435,8 @@ def test_a_net_without_a_state_is_refused(trainer):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (LwF(strength=1.0), "'LwF' does not go with .* its teacher"),
-        (Joint(), "'Joint' does not go with .* another set"),
+        (LwF(strength=1.0), "'lwf' does not go with .* its teacher"),
+        (Joint(), "'joint' does not go with .* another set"),
         (Cumulative(), "another set"),
         (DER(capacity=5, alpha=0.5, beta=0.5), "answers from a carried state"),
         (CenterLoss(strength=1.0, mode="features"), "its old net"),
