@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat.learners.mixers.lstm import fused_lstm
 from clplat.state import StateModule
 
 ACTS: dict[str, tuple[Callable[[], nn.Module], float]] = {
@@ -230,10 +231,9 @@ class Recurrent(Generator):
         """Hidden states [J, L, G] of embeddings [J, E]."""
         j, steps = len(embeddings), len(self.codes)
         x = torch.cat([embeddings[:, None].expand(-1, steps, -1), self.codes.expand(j, -1, -1)], -1)
-        zero = x.new_zeros(1, j, self.hidden)
+        zero = x.new_zeros(j, self.hidden)
         weights = [self.w_in, self.w_state, self.bias, torch.zeros_like(self.bias)]
-        # As in the LSTM mixer: cuDNN's inference mode has no backward.
-        return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
+        return fused_lstm(x, zero, zero, weights)[0]
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights [J, W] and states [J, L * G] of embeddings [J, E]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,11 +54,8 @@ class LSTM(Mixer):
             recurrent = u.view(1, 4, self.width, self.width).transpose(2, 3)
             y, (h, c) = cells.lstm(gates, recurrent, (h[:, None], c[:, None]), ~reset)
             return y[:, :, 0], (h[:, 0], c[:, 0])
-        hx = (h[None].contiguous(), c[None].contiguous())
-        # nn.LSTM itself would ask for cuDNN's inference mode in eval mode, which has no backward: the exact Fisher
-        # needs one. The flag means nothing else here (there is no dropout inside).
-        y, h, c = torch.lstm(x, hx, self._weights(), True, 1, 0.0, torch.is_grad_enabled(), False, True)
-        return y, (h[0], c[0])
+        y, h, c = fused_lstm(x, h, c, self._weights())
+        return y, (h, c)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step: output [B, H] for x [B, D] and the state (h, c), in constant memory."""
@@ -70,3 +69,25 @@ class LSTM(Mixer):
     def _fresh(self, x: Tensor) -> State:
         zeros = x.new_zeros(x.shape[0], self.width)
         return zeros, zeros
+
+
+def fused_lstm(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [B, T, H] and the last h and c [B, H] by torch's kernel, for weights in the order W, U, b of W, b of U.
+
+    In half precision on CPUs for which oneDNN has no such kernel (bf16 needs AVX-512), it computes in float32.
+    """
+    # nn.LSTM itself would ask for cuDNN's inference mode in eval mode, which has no backward: the exact Fisher
+    # needs one. The flag means nothing else here (there is no dropout inside).
+    options = (True, 1, 0.0, torch.is_grad_enabled(), False, True)
+    try:
+        y, h, c = torch.lstm(x, (h[None].contiguous(), c[None].contiguous()), list(weights), *options)
+        return y, h[0], c[0]
+    except RuntimeError:
+        cast = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or not (cast or x.dtype in (torch.bfloat16, torch.float16)):
+            raise
+    # Tried at each call: a refusal takes 0.4 ms, and depends on more than this function could ask for beforehand.
+    hx = (h[None].float().contiguous(), c[None].float().contiguous())
+    with torch.autocast("cpu", enabled=False):
+        y, h, c = torch.lstm(x.float(), hx, [w.float() for w in weights], *options)
+    return y.to(x.dtype), h[0].to(x.dtype), c[0].to(x.dtype)
