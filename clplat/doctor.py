@@ -116,8 +116,18 @@ def _kernels() -> Iterator[Finding]:
     from clplat.kernels import backend
 
     if backend.HAS_NUMBA and not _failure("numba"):
-        threads = torch.get_num_threads()
-        yield "CPU kernels", "ok", f"compiled by numba at first use and kept, on torch's {threads} threads"
+        from clplat.kernels import numba_cache
+
+        threads, kept = torch.get_num_threads(), numba_cache.folder(Path(backend.__file__).parent)
+        if kept is not None:
+            yield (
+                "CPU kernels",
+                "ok",
+                f"compiled by numba at first use and kept in {kept}, on torch's {threads} threads",
+            )
+        else:
+            advice = "no folder to keep them in can be written: set NUMBA_CACHE_DIR to one that can"
+            yield "CPU kernels", "note", f"compiled by numba anew by every process (seconds), since {advice}"
     else:
         yield "CPU kernels", "note", f"none: {_OPTIONAL['numba']}"
     if not backend.HAS_TRITON:

@@ -9,10 +9,11 @@ Letters: B batch, T time, N blocks, b rows and columns of a block.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH
 
 SLAB = 32
@@ -41,7 +42,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _forward(a, u, h0, keep, reverse, y, h1):
     batch, steps, blocks, size = u.shape
     slabs = (blocks + SLAB - 1) // SLAB
@@ -71,7 +72,7 @@ def _forward(a, u, h0, keep, reverse, y, h1):
                     y[r, t, n, j] = made[j]
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _backward(a, h0, keep, y, dy, dh, reverse, da, du, dh0):
     batch, steps, blocks, size = y.shape
     slabs = (blocks + SLAB - 1) // SLAB

@@ -15,10 +15,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.backend import use_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp, log1p, tanh
 
 SERIAL_BELOW = 1 << 20
@@ -29,7 +30,6 @@ ROWS = 16
 # error_model: a division that might raise ZeroDivisionError would not vectorise. parallel: loops of the source only;
 # to look for more in array expressions takes numba longer than all the rest.
 _KERNEL: dict[str, Any] = {
-    "cache": True,
     "fastmath": FASTMATH,
     "error_model": "numpy",
     "nogil": True,
@@ -40,7 +40,7 @@ _KERNEL: dict[str, Any] = {
         ),
     },
 }
-_HELPER: dict[str, Any] = {"cache": True, "fastmath": FASTMATH, "error_model": "numpy"}
+_HELPER: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy"}
 
 
 def forward(

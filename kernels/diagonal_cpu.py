@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.backend import use_torch_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp, expm1, number, sigmoid
 
 OPTIONS: dict[str, Any] = {
-    "cache": True,
     "nogil": True,
     "fastmath": FASTMATH,
     "error_model": "numpy",
@@ -271,49 +271,49 @@ def _gated_backward_job(
                 s[d] = 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scan_forward_serial(jobs: int, args: Any) -> None:
     for job in range(jobs):
         _scan_forward_job(job, *args)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(nogil=True, parallel=True)
 def _scan_forward_parallel(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _scan_forward_job(job, *args)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scan_backward_serial(jobs: int, args: Any) -> None:
     for job in range(jobs):
         _scan_backward_job(job, *args)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(nogil=True, parallel=True)
 def _scan_backward_parallel(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _scan_backward_job(job, *args)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _gated_forward_serial(jobs: int, args: Any) -> None:
     for job in range(jobs):
         _gated_forward_job(job, *args)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(nogil=True, parallel=True)
 def _gated_forward_parallel(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _gated_forward_job(job, *args)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _gated_backward_serial(jobs: int, args: Any) -> None:
     for job in range(jobs):
         _gated_backward_job(job, *args)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@njit(nogil=True, parallel=True)
 def _gated_backward_parallel(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _gated_backward_job(job, *args)

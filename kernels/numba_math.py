@@ -6,36 +6,14 @@ are those of the standard library.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
-
-def forget_stale_code(folder: Path) -> None:
-    """Delete numba's compiled code in a folder of sources, if any of these has changed since this was last called.
-
-    Numba keeps compiled code for as long as the file of a function stays the same, and does not see a change in what
-    that file imports (the functions below, sizes of chunks): old code would give old numbers, or write beyond arrays.
-    """
-    compiled = folder / "__pycache__"
-    stamp = compiled / "numba-sources"
-    found = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.glob("*.py")))).hexdigest()
-    try:
-        if not stamp.exists() or stamp.read_text() != found:
-            for file in (*compiled.glob("*.nbi"), *compiled.glob("*.nbc")):
-                file.unlink(missing_ok=True)
-            compiled.mkdir(exist_ok=True)
-            stamp.write_text(found)
-    except OSError:
-        pass  # not ours to write: then numba keeps its code elsewhere
-
-
-forget_stale_code(Path(__file__).parent)
+from clplat.kernels.numba_cache import njit
 
 FASTMATH = {"contract", "reassoc", "arcp", "nsz", "afn"}
 """Of kernels with states of any size: without `nnan` and `ninf`, by which -inf and NaN would mean nothing."""
@@ -127,7 +105,7 @@ def _number(value: Any, like: Any) -> Any:
     return single if like == types.float32 else double
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True)
+@njit(nogil=True, fastmath=FASTMATH, error_model="numpy", forceinline=True)
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)); small results keep their digits, so that 1 - sigmoid(x) is sigmoid(-x)."""
     one = number(1, x)

@@ -9,10 +9,11 @@ Letters: B batch, T time, D channels, S states a channel.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp
 from clplat.kernels.selective import CHUNK
 
@@ -62,7 +63,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _forward(x, dt, b, c, a, skip, h0, keep, reverse, y, h1, kept):
     batch, steps, width = x.shape
     size = a.shape[0]
@@ -100,7 +101,7 @@ def _forward(x, dt, b, c, a, skip, h0, keep, reverse, y, h1, kept):
                 h1[r, s, lo + j] = h[s, j]
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _backward(x, dt, b, c, a, skip, keep, kept, dy, dh, reverse, dx, ddt, db, dc, da, dskip, dh0):
     batch, steps, width = x.shape
     size = a.shape[0]

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH
 
 
@@ -54,7 +55,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _forward(s, v, lse0, o0, keep, reverse, y, lses, lse1, o1):
     batch, steps, heads = s.shape
     width = v.shape[3]
@@ -84,7 +85,7 @@ def _forward(s, v, lse0, o0, keep, reverse, y, lses, lse1, o1):
         lse1[b, n] = lse
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _backward(s, v, lse0, o0, keep, y, lses, last_o, dy, dlse, do, reverse, ds, dv, dlse1, do1):
     batch, steps, heads = s.shape
     width = v.shape[3]

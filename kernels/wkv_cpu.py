@@ -9,10 +9,11 @@ Letters: B batch, T time, D channels.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from clplat.kernels.arguments import use_threads
+from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp
 from clplat.kernels.wkv import CHUNK
 
@@ -60,7 +61,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _forward(k, v, w, u, num0, den0, top0, keep, reverse, y, num1, den1, top1, states):
     batch, steps, width = v.shape
     slabs = (width + SLAB - 1) // SLAB
@@ -93,7 +94,7 @@ def _forward(k, v, w, u, num0, den0, top0, keep, reverse, y, num1, den1, top1, s
                 num[j], den[j], top[j] = old * n + new * val, old * d + new, q
 
 
-@njit(cache=True, parallel=True, nogil=True, fastmath=FASTMATH)
+@njit(parallel=True, nogil=True, fastmath=FASTMATH)
 def _backward(k, v, w, u, num0, den0, keep, states, dy, dnum, dden, reverse, dk, dv, dw, du, dnum0, dden0, dtop0):
     batch, steps, width = v.shape
     slabs = (width + SLAB - 1) // SLAB

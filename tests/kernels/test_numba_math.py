@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
 
-from clplat.kernels.numba_math import FASTMATH, exp, expm1, forget_stale_code, log1p, sigmoid, tanh
+from clplat.kernels.numba_math import FASTMATH, exp, expm1, log1p, sigmoid, tanh
 
 SMALL = np.geomspace(1e-20, 1, 20_001)
 SIGNED = np.concatenate([-SMALL, SMALL, np.linspace(-30, 30, 50_001)])
@@ -54,23 +53,3 @@ def test_the_exponential_ends_at_0_and_infinity() -> None:
 def test_a_saturated_sigmoid_is_0_or_1_and_nan_stays() -> None:
     edges = np.array([-np.inf, -1e30, 1e30, np.inf, np.nan], np.float32)
     np.testing.assert_array_equal(applied(sigmoid, edges), np.array([0, 0, 1, 1, np.nan], np.float32))
-
-
-def test_compiled_code_is_forgotten_when_any_source_changes(tmp_path: Path) -> None:
-    """Numba looks at the file of a function only, not at what that imports."""
-    source, compiled = tmp_path / "a.py", tmp_path / "__pycache__" / "a.f-1.py311.nbi"
-    source.write_text("one")
-
-    def kept() -> bool:
-        compiled.parent.mkdir(exist_ok=True)
-        compiled.touch()
-        forget_stale_code(tmp_path)
-        return compiled.exists()
-
-    assert [kept(), kept()] == [False, True]
-    source.write_text("two")
-    assert [kept(), kept()] == [False, True]
-    (tmp_path / "b.py").touch()
-    assert [kept(), kept()] == [True, True]  # an empty file changes nothing
-    (tmp_path / "b.py").write_text("three")
-    assert [kept(), kept()] == [False, True]
