@@ -8,6 +8,7 @@ from torch import Tensor
 from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.policies import Reservoir
+from clplat.rehearsal.rows import current_rows
 from clplat.strategy import Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch
@@ -51,7 +52,7 @@ class MIR(Strategy):
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
         """The batch and, behind it, the rows that it would harm most."""
-        self._current = batch if batch.source is None else batch.rows(batch.source == 0)
+        self._current = current_rows(batch)
         return concatenate([batch, self._choose(learner, batch)]) if len(self.buffer) else batch
 
     def before_step(self, learner: Learner, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from clplat.importance.fisher import check_kind, fisher, untouched
 from clplat.importance.per_example import SquaredGradients
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.rows import current_rows
 from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
@@ -89,7 +90,7 @@ class Refresh(Strategy):
 
     def before_step(self, learner: Learner, batch: Batch) -> None:
         if self.mode == "reference" and self.unlearn_rate > 0:
-            self._current = batch if batch.source is None else batch.rows(batch.source == 0)
+            self._current = current_rows(batch)
 
     def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
         """Unlearn, then the step of everything inside."""

@@ -14,12 +14,10 @@ from clplat.learners.nets.net import Output
 from clplat.rehearsal.buffer import Buffer
 from clplat.rehearsal.herding import herd
 from clplat.rehearsal.policies import ClassBalanced, Grouped, Ranked, Reservoir, Ring
+from clplat.rehearsal.rows import current_rows, draw, in_order
 from clplat.strategy import Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch, Experience
-
-READ = 1024
-"""Examples read at once when a whole experience is offered to the buffer."""
 
 
 class Replay(Strategy):
@@ -87,7 +85,7 @@ class Replay(Strategy):
         """The batch and, behind it, the replayed rows; with separate passes the batch alone."""
         replayed = self._draw(batch)
         if self.insert == "during" and self.buffer.capacity:
-            self._current = batch if batch.source is None else batch.rows(batch.source == 0)
+            self._current = current_rows(batch)
         self._replayed = None if self.joint else replayed
         if replayed is None or not self.joint:
             return batch
@@ -122,8 +120,8 @@ class Replay(Strategy):
             rows, ranks = herd(learner, experience.train, share)
             self.buffer.insert_ranked(rows.to(learner.device), ranks)
         elif self.insert == "after" and self.buffer.capacity:
-            for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
-                self.buffer.insert(batch.to(learner.device))
+            for batch in in_order(experience.train, learner.device):
+                self.buffer.insert(batch)
 
     def stored_bytes(self) -> int:
         return self.buffer.stored_bytes()
@@ -139,8 +137,7 @@ class Replay(Strategy):
             return None
         if self.rows_per_class is not None and isinstance(self.buffer, Grouped):
             return self.buffer.sample_per_group(self.rows_per_class).to(batch.x.device)
-        wanted = len(batch) if self.rows is None else self.rows
-        return self.buffer.sample(min(wanted, len(self.buffer))).to(batch.x.device)
+        return draw(self.buffer, batch, self.rows)
 
     def _shares(self, rows: int, replayed: int) -> tuple[float, float]:
         """Weight of each current and of each replayed row; 1 on average over all rows."""
