@@ -180,7 +180,10 @@ RENAMED: list[tuple[str, str]] = [
 ]
 """Patterns of keys that have another name since, and that name."""
 
-GONE: list[str] = [r"^params/tracking\.uri$"]
+GONE: list[str] = [
+    r"^params/tracking\.uri$",
+    r"^/learner/strategy\.parts\.\w+\._extra_state/inputs/",  # of generative_replay, known from the stream
+]
 """Patterns of keys that are not there any more, or that differ from run to run."""
 
 MOVED: dict[str, str] = {

@@ -7,18 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.policies import ClassBalanced
+from clplat.rehearsal.rows import draw, insert_experience
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.weights.flat import flat_gradient, set_gradient
 
-READ = 1024
-"""Examples read at once when an experience is offered to the memory."""
-
 
 class AGEM(Strategy):
-    """Where the gradient g would raise the loss on a draw from the memory, it is projected (eq. 11):
+    """Projection of a gradient g that would raise the loss on a draw from the memory (eq. 11):
 
         g <- g - (g . r / r . r) r    if g . r < 0,    r the gradient on rows drawn from all earlier experiences
 
@@ -29,9 +28,6 @@ class AGEM(Strategy):
         capacity_per_experience: rows kept of each; 0 is finetuning.
         rows: rows of a draw.
         seed: of the memory's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -39,23 +35,20 @@ class AGEM(Strategy):
 
     def __init__(self, capacity_per_experience: int, rows: int = 256, seed: int = 0) -> None:
         super().__init__()
-        if rows < 1:
-            raise ValueError(f"agem.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
+        checks.at_least(0, "0 is finetuning", capacity_per_experience=capacity_per_experience)
+        checks.at_least(1, "capacity_per_experience=0 replays nothing", rows=rows)
         self.memory = ClassBalanced(
             capacity_per_group=capacity_per_experience, by="extra", seed=seed, fields=["experience"]
         )
         self.rows = rows
         self.passes = 2.0 if capacity_per_experience else 1.0
-        self._drawn: Batch | None = None
+        self._drawn: Batch | None = None  # in this step
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch as it is; the reference rows are drawn here, once a step."""
-        count = min(self.rows, len(self.memory))
-        self._drawn = replace(self.memory.sample(count).to(batch.x.device), extra={}) if count else None
-        return batch
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        drawn = draw(self.memory, batch, self.rows)
+        self._drawn = None if drawn is None else replace(drawn, extra={})
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Project, where needed."""
         if self._drawn is None:
             return
         weights = list(learner.weights().values())
@@ -65,15 +58,10 @@ class AGEM(Strategy):
         set_gradient(weights, project(flat_gradient([w.grad for w in weights], weights), reference))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Offer the whole training set to the memory."""
-        if not self.memory.capacity:
-            return
-        for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
-            label = torch.full((len(batch),), experience.index, device=batch.x.device)
-            self.memory.insert(replace(batch, extra={"experience": label}).to(learner.device))
+        if self.memory.capacity:
+            insert_experience(self.memory, experience, learner.device)
 
     def stored_bytes(self) -> int:
-        """Bytes of the rows kept."""
         return self.memory.stored_bytes()
 
 

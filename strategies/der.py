@@ -8,18 +8,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.policies import Reservoir
+from clplat.rehearsal.rows import current_rows, draw
 from clplat.strategy import Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch
 
 
 class DER(Strategy):
-    """Adds alpha * MSE(z, z') + beta * CE(z'', y'') on two independent draws from a reservoir (eq. 6; DER is beta 0).
+    """Replay of stored logits z', and of labels in DER++; DER is beta = 0 (eq. 6). It adds
 
-    z' are the logits at the time a row was stored, in the training pass of its own step. The mean squared error goes
+        alpha * MSE(z, z') + beta * CE(z'', y'')
+
+    Both terms are on draws of their own from a reservoir. z' are the logits at the time a row was stored, in the training pass of its own step. The mean squared error goes
     over all logits of a row, those of classes not met yet included (where the head offers them), as in the paper's
     code. Both draws share one forward pass beside the current batch's.
 
@@ -29,9 +33,6 @@ class DER(Strategy):
         beta: of the cross-entropy on replayed rows, at least 0; 0 is DER.
         rows: rows of each draw, null: as many as the batch has. Never more than are held.
         seed: of the buffer's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     not_carried = "it stores answers from a carried state and would compare them with those from a fresh one"
@@ -41,27 +42,20 @@ class DER(Strategy):
         self, capacity: int, alpha: float = 0.5, beta: float = 0.5, rows: int | None = None, seed: int = 0
     ) -> None:
         super().__init__()
-        if alpha < 0 or beta < 0:
-            raise ValueError(f"der: got alpha={alpha}, beta={beta}, both must be at least 0.")
-        if rows is not None and rows < 1:
-            raise ValueError(f"der.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
+        checks.at_least(0, alpha=alpha, beta=beta)
+        checks.at_least(1, "capacity=0 replays nothing", rows=rows)
         self.buffer = Reservoir(capacity, seed, fields=["logits"])
         self.alpha, self.beta, self.rows = alpha, beta, rows
         self.off = capacity == 0 or alpha == beta == 0
         self.passes = 1.0 if self.off else 1.0 + (alpha > 0) + (beta > 0)
         self._drawn: list[Batch] = []  # in this step: for the logits, for the classes
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch as it is; what is replayed beside it is drawn here, once a step."""
-        self._drawn = []
-        if not self.off and len(self.buffer):
-            count = min(len(batch) if self.rows is None else self.rows, len(self.buffer))
-            draws = int(self.alpha > 0) + int(self.beta > 0)
-            self._drawn = [self.buffer.sample(count).to(batch.x.device) for _ in range(draws)]
-        return batch
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        draws = 0 if self.off else (self.alpha > 0) + (self.beta > 0)
+        drawn = [draw(self.buffer, batch, self.rows) for _ in range(draws)]
+        self._drawn = [rows for rows in drawn if rows is not None]
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """Both terms, once something is held."""
         if not self._drawn:
             return {}
         count, logits = len(self._drawn[0]), learner(concatenate(self._drawn)).logits
@@ -73,19 +67,15 @@ class DER(Strategy):
         return terms
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Offer the current rows with the logits of this step's pass."""
-        if self.off:
-            return
-        rows = replace(batch, extra={"logits": output.logits.detach()})
-        self.buffer.insert(rows if batch.source is None else rows.rows(batch.source == 0))
+        if not self.off:
+            self.buffer.insert(current_rows(replace(batch, extra={"logits": output.logits.detach()})))
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples and logits held."""
         return self.buffer.stored_bytes()
 
 
 def _distance(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:
-    """The mean squared distance to the stored logits, over the logits offered then, on scored steps."""
+    """Mean squared distance to the stored logits, over the logits offered then, on scored steps."""
     stored = batch.extra["logits"].float()
     if logits.ndim == 3:
         logits, stored = logits[:, : stored.shape[1]], stored[:, : logits.shape[1]]

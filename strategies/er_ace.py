@@ -6,51 +6,50 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.policies import Reservoir
+from clplat.rehearsal.rows import current_rows, draw
 from clplat.strategy import Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch
 
 
 class ERACE(Strategy):
-    """Current rows compete among the classes of the current batch only, replayed rows among all classes met (eq. 3):
+    """Replay with a cross-entropy in which current and replayed rows compete among different classes (eq. 3):
 
         CE(current | classes in the batch) + CE(replayed | classes met so far)
 
-    each a mean over its rows; both share one forward pass.
+    Each is a mean over its rows; both share one forward pass.
 
     Args:
         capacity: rows held by a reservoir; 0 is finetuning.
         rows: replayed rows a step, null: as many as the batch has. Never more than are held.
         seed: of the buffer's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"classes"})
 
     def __init__(self, capacity: int, rows: int | None = None, seed: int = 0) -> None:
         super().__init__()
-        if rows is not None and rows < 1:
-            raise ValueError(f"er_ace.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
+        checks.at_least(1, "capacity=0 replays nothing", rows=rows)
         self.buffer, self.rows = Reservoir(capacity, seed), rows
         self.claims = frozenset({"raw_rows", *(["objective"] if capacity else [])})
         self.passes = 2.0 if capacity else 1.0
+        self._new: Batch | None = None  # rows of this step to insert
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch and, behind it, rows of the buffer."""
-        if not self.buffer.capacity:
-            return batch
-        count = min(len(batch) if self.rows is None else self.rows, len(self.buffer))
-        drawn = self.buffer.sample(count).to(batch.x.device) if count else None
-        self.buffer.insert(batch if batch.source is None else batch.rows(batch.source == 0))
+        drawn = draw(self.buffer, batch, self.rows)
+        # Taken here, since to pick them out of the joined rows would wait for the device.
+        self._new = current_rows(batch) if self.buffer.capacity else None
         return batch if drawn is None else concatenate([batch, drawn])
 
+    def before_step(self, learner: Learner, batch: Batch) -> None:
+        if self._new is not None:
+            self.buffer.insert(self._new)
+
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
-        """The sum of the two cross-entropies."""
         lowest = torch.finfo(output.logits.dtype).min
         replayed = torch.zeros(len(batch), device=batch.x.device) if batch.source is None else batch.source.float()
         current = 1 - replayed
@@ -65,5 +64,4 @@ class ERACE(Strategy):
         return parts[0] + parts[1]
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples held."""
         return self.buffer.stored_bytes()

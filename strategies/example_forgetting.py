@@ -1,11 +1,11 @@
-"""Which examples are forgotten while they are trained: an observer that any run can switch on (Toneva et al. 2019,
-arXiv 1812.05159)."""
+"""Observer of the examples that are forgotten while they are trained (Toneva et al. 2019, arXiv 1812.05159)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.example_forgetting import NEVER, Presentations, answered_right, forgetting_scores
@@ -14,8 +14,9 @@ from clplat.streams.experience import Batch, Experience, Stream
 
 
 class ExampleForgetting(Strategy):
-    """Changes nothing; counts, for every training example of every experience, how often it was forgotten at its own
-    presentations (`clplat.rehearsal.example_forgetting.Presentations`).
+    """Count of how often each training example is forgotten at its own presentations; nothing is changed.
+
+    What a presentation and a forgetting event are: `clplat.rehearsal.example_forgetting.Presentations`.
 
     An example's presentation is its row in the training batch, as the net answered it in training mode before the
     update. Replayed rows do not count: they have no number in the current set. List it behind strategies that change
@@ -27,23 +28,20 @@ class ExampleForgetting(Strategy):
     Args:
         fraction: a sequence with a target at every step is right if at least this share of its scored steps is, above
             0 and at most 1. The paper has one label an example only.
-
-    Raises:
-        ValueError: a fraction outside that range; `setup`: real-valued targets, which are neither right nor wrong.
     """
 
     not_carried = "it follows examples by their numbers, and segments of random length have none"
 
-    events: Tensor | None
-    first: Tensor | None
-    shown: Tensor | None
-    last: Tensor | None
-    ends: Tensor | None
+    events: Tensor
+    first: Tensor
+    shown: Tensor
+    last: Tensor
+    ends: Tensor | None  # None before the first experience ends, as are the others
 
     def __init__(self, fraction: float = 1.0) -> None:
         super().__init__()
-        if not 0 < fraction <= 1:
-            raise ValueError(f"example_forgetting.fraction: got {fraction}, it must be above 0 and at most 1.")
+        checks.above(0, fraction=fraction)
+        checks.within(0, 1, fraction=fraction)
         self.fraction = fraction
         self.now = Presentations()
         for name in ("events", "first", "shown", "last", "ends"):
@@ -51,25 +49,20 @@ class ExampleForgetting(Strategy):
         self._examples = 0  # of the session
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse targets that cannot be forgotten."""
         learner.objective.right(torch.zeros(0, 1), Batch(torch.zeros(0, 1), torch.zeros(0)))
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """The session as it is; note its size."""
         self._examples = 0 if session.data is None else len(session.data)
         return session
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Follow what is trained, once that is known."""
         if self._examples:
             self.now.begin(self._examples, learner.device)
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Note what was answered right."""
         self.now.observe(batch, answered_right(learner.objective, output.logits, batch, self.fraction))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Put the counts behind those of earlier experiences."""
         self._examples = 0  # the next experience's is not known until its session
         if len(self.now) == 0:  # trained on nothing
             self.now.begin(0, learner.device)
@@ -83,7 +76,6 @@ class ExampleForgetting(Strategy):
             # Joined as int32: not every device joins 16-bit numbers without a sign.
             self._buffers[name] = new if old is None else torch.cat([old.int(), new.int()]).to(new.dtype)
         self.now.clear()
-        assert self.events is not None
         end = torch.tensor([len(self.events)], device=self.events.device)
         self.ends = end if self.ends is None else torch.cat([self.ends, end])
 
@@ -100,7 +92,7 @@ class ExampleForgetting(Strategy):
 
         Empty before the first experience ends.
         """
-        if self.events is None or self.first is None or self.shown is None or self.last is None or self.ends is None:
+        if self.ends is None:
             return {}
         events, first, shown = (t.int() for t in (self.events, self.first, self.shown))
         sizes = self.ends.diff(prepend=self.ends.new_zeros(1))

@@ -1,25 +1,23 @@
-"""Replay of the examples that were forgotten most while they were trained (forgetting events: Toneva et al. 2019,
-arXiv 1812.05159)."""
+"""Replay of the examples forgotten most while they were trained (events: Toneva et al. 2019, arXiv 1812.05159)."""
 
 from __future__ import annotations
 
 import torch
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.example_forgetting import MostForgotten, Presentations, answered_right
+from clplat.rehearsal.rows import READ, draw, in_order
 from clplat.strategy import Session, Strategy
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch, Experience, Stream
 
-READ = 1024
-"""Examples read at once when an experience is offered to the buffer."""
-
 
 class ForgettingReplay(Strategy):
-    """Trains on each batch together with examples of a buffer, which keeps of every class those with the most
-    forgetting events, an equal share for each class. Examples never learned count as often as they were shown, as the
-    authors rank them.
+    """Replay from a buffer that keeps the examples of each class with the most forgetting events.
+
+    Each class has an equal share. Examples never learned count as often as they were shown, as the authors rank them.
 
     The events of an experience are known when it ends; then its whole training set is offered. The paper removes the
     least forgotten examples from a fixed training set; a buffer in a stream is not among its experiments.
@@ -30,9 +28,6 @@ class ForgettingReplay(Strategy):
         rows: replayed rows a step, null: as many as the batch has. Never more than are held.
         keep: "most" or, for comparison, "least" forgotten.
         seed: of the choice among equals, and of what is replayed.
-
-    Raises:
-        ValueError: options that are not allowed, or not together.
     """
 
     needs = frozenset({"boundaries", "classes"})
@@ -47,18 +42,10 @@ class ForgettingReplay(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if keep not in ("most", "least"):
-            raise ValueError(f"forgetting_replay.keep: got {keep!r}, allowed are 'most' and 'least'.")
-        if rows is not None and rows < 1:
-            raise ValueError(f"forgetting_replay.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
-        for name, value in (("capacity", capacity), ("capacity_per_class", capacity_per_class)):
-            if value is not None and value < 0:
-                raise ValueError(f"forgetting_replay.{name}: got {value}, it must be at least 0 (0 stores nothing).")
-        if (capacity is None) == (capacity_per_class is None):
-            raise ValueError(
-                f"forgetting_replay.capacity: got {capacity}, with capacity_per_class={capacity_per_class}; exactly one "
-                "of the two is allowed: set the other one to null."
-            )
+        checks.one_of("keep", keep, ("most", "least"))
+        checks.at_least(1, "capacity=0 replays nothing", rows=rows)
+        checks.exactly_one(capacity=capacity, capacity_per_class=capacity_per_class)
+        checks.at_least(0, "0 is finetuning", capacity=capacity, capacity_per_class=capacity_per_class)
         self.buffer = MostForgotten(capacity, capacity_per_class, keep == "most", seed)
         self.now = Presentations()
         self.rows = rows
@@ -66,29 +53,22 @@ class ForgettingReplay(Strategy):
         self._examples = 0  # of the session
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """The session as it is; note its size."""
         self._examples = 0 if session.data is None else len(session.data)
         return session
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Follow what is trained, once that is known."""
         if self.buffer.capacity and self._examples:
             self.now.begin(self._examples, learner.device)
 
     def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch and, behind it, the replayed rows."""
-        if len(self.buffer) == 0:
-            return batch
-        wanted = min(len(batch) if self.rows is None else self.rows, len(self.buffer))
-        return concatenate([batch, self.buffer.sample(wanted).to(batch.x.device)])
+        drawn = draw(self.buffer, batch, self.rows)
+        return batch if drawn is None else concatenate([batch, drawn])
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Note what was answered right."""
         if len(self.now):
             self.now.observe(batch, answered_right(learner.objective, output.logits, batch))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Offer the experience's training set to the buffer, with its scores."""
         self._examples = 0
         if self.buffer.capacity == 0:
             return
@@ -98,10 +78,9 @@ class ForgettingReplay(Strategy):
         scores = torch.zeros(len(data), dtype=torch.int32)
         known = min(len(found), len(data))
         scores[:known] = found[:known]
-        for index in torch.arange(len(data)).split(READ):
-            self.buffer.insert_scored(data.batch(index).to(learner.device), scores[index])
+        for batch, own in zip(in_order(data, learner.device), scores.split(READ), strict=True):
+            self.buffer.insert_scored(batch, own)
         self.now.clear()
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples held; the counts of the current experience are scratch."""
-        return self.buffer.stored_bytes()
+        return self.buffer.stored_bytes()  # the counts of the current experience are scratch

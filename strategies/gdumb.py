@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.buffer import Buffer
+from clplat.rehearsal.rows import in_order
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import BatchData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights.named import NamedTensors
 
-READ = 1024
-"""Examples read at once when an experience is offered to the memory."""
-
 
 class GDumb(Strategy):
-    """Trains from scratch, before every evaluation, on nothing but a class-balanced memory.
+    """Training from scratch, in every experience, on nothing but a class-balanced memory.
 
     The memory takes a row while its class holds less than capacity / classes met; when it is full, a random row of
     the largest class makes room (algorithm 1). Each experience then starts from the learner's initial weights and
@@ -29,9 +28,6 @@ class GDumb(Strategy):
     Args:
         capacity: rows held, at least 1.
         seed: of the evictions.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries", "classes"})
@@ -39,53 +35,39 @@ class GDumb(Strategy):
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         super().__init__()
-        if capacity < 1:
-            raise ValueError(
-                f"gdumb.capacity: got {capacity}, it must be at least 1: without a memory it cannot learn."
-            )
+        checks.at_least(1, "without a memory it cannot learn", capacity=capacity)
         self.memory = Greedy(capacity, seed)
         self.initial = NamedTensors()
         self.offered = 0
         """Experiences offered to the memory."""
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Keep the initial weights.
-
-        Raises:
-            ValueError: another strategy chooses what is trained, too.
-        """
         self.initial.keep(learner.weights())
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """The memory, after it was offered this experience."""
         if index >= self.offered:
-            data = stream[index].train
-            for batch in data.batches(torch.arange(len(data)).split(READ)):
+            for batch in in_order(stream[index].train):
                 self.memory.insert(batch)
             self.offered = index + 1
         return Session(BatchData(self.memory.contents()), 1.0, session.also_classes)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """From scratch; weights that another strategy has frozen stay."""
         initial = self.initial.views()
-        for name, weight in learner.weights().items():
+        for name, weight in learner.weights().items():  # weights that another strategy has frozen stay
             weight.copy_(initial[name])
 
     def stored_bytes(self) -> int:
-        """Bytes of the rows held; the initial weights need not be stored, a seed would do."""
-        return self.memory.stored_bytes()
+        return self.memory.stored_bytes()  # the initial weights need not be stored, a seed would do
 
     def get_extra_state(self) -> dict[str, int]:
-        """How much was offered."""
         return {"offered": self.offered}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take what `get_extra_state` gave."""
         self.offered = state["offered"]
 
 
 class Greedy(Buffer):
-    """The greedy sampler: a class that has less than its share gets the room of a random row of the largest one."""
+    """Greedy sampler: a class that has less than its share gets the room of a random row of the largest one."""
 
     def __init__(self, capacity: int, seed: int) -> None:
         super().__init__(capacity, seed)
@@ -111,10 +93,8 @@ class Greedy(Buffer):
         return torch.tensor([owner[s] for s in slots], dtype=torch.int64), torch.tensor(slots, dtype=torch.int64)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Counters, the generator's state, and the slots of each class."""
         return super().get_extra_state() | {"held": {label: list(slots) for label, slots in self.held.items()}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         super().set_extra_state(state)
         self.held = {label: list(slots) for label, slots in state["held"].items()}

@@ -7,24 +7,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.rehearsal.policies import ClassBalanced, Ring
+from clplat.rehearsal.rows import insert_experience
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.weights.flat import flat_gradient, set_gradient
 
-READ = 1024
-"""Examples read at once when an experience is offered to the memory."""
-
 
 class GEM(Strategy):
-    """The nearest gradient to g that raises the loss of no earlier experience's memory, to first order (eq. 11):
+    """Projection of a gradient g to the nearest one that raises the loss of no memory, to first order (eq. 11):
 
         min over v >= margin of 1/2 v'(GG' + eps I)v + (Gg)'v,    g <- g + G'v,    only if some (Gg)_k < 0
 
-    with one row of G for each earlier experience, the gradient on all its memory. The dual has as many unknowns as
-    there are earlier experiences and is solved by coordinate descent on the CPU, which waits for the device in every
-    step.
+    Each earlier experience has a memory, and G one row for it: the gradient on all of that memory. The dual has as
+    many unknowns as there are earlier experiences. It is solved by coordinate descent on the CPU, which waits for the
+    device in every step.
 
     Args:
         capacity_per_experience: rows kept of each; 0 is finetuning.
@@ -32,9 +31,6 @@ class GEM(Strategy):
         eps: added to the diagonal of GG'.
         policy: "latest" rows of an experience (the paper) or a "uniform" sample.
         seed: of the sample.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -49,18 +45,17 @@ class GEM(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if margin < 0 or not eps > 0:
-            raise ValueError(f"gem: got margin={margin}, eps={eps}; margin must be at least 0, eps above 0.")
-        if policy not in ("latest", "uniform"):
-            raise ValueError(f"gem.policy: got {policy!r}, allowed are 'latest' and 'uniform'.")
+        checks.at_least(0, "0 is finetuning", capacity_per_experience=capacity_per_experience)
+        checks.at_least(0, margin=margin)
+        checks.above(0, eps=eps)
+        checks.one_of("policy", policy, ("latest", "uniform"))
         kind = Ring if policy == "latest" else ClassBalanced
         self.memory = kind(capacity_per_group=capacity_per_experience, by="extra", seed=seed, fields=["experience"])
         self.margin, self.eps = margin, eps
         self._past: list[Batch] = []  # the memory of each earlier experience
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Read the memories, which stay the same during an experience."""
-        self._past = []
+        self._past = []  # the memories stay the same during an experience
         if len(self.memory):
             held = self.memory.contents().to(learner.device)
             label = held.extra["experience"]
@@ -68,7 +63,6 @@ class GEM(Strategy):
         self.passes = 1.0 + len(self._past)
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Project, where some memory's loss would rise."""
         if not self._past:
             return
         weights, rows = list(learner.weights().values()), []
@@ -80,15 +74,10 @@ class GEM(Strategy):
         set_gradient(weights, project(own, torch.stack(rows), self.margin, self.eps))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Offer the whole training set to the memory."""
-        if not self.memory.capacity:
-            return
-        for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
-            label = torch.full((len(batch),), experience.index, device=batch.x.device)
-            self.memory.insert(replace(batch, extra={"experience": label}).to(learner.device))
+        if self.memory.capacity:
+            insert_experience(self.memory, experience, learner.device)
 
     def stored_bytes(self) -> int:
-        """Bytes of the rows kept."""
         return self.memory.stored_bytes()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
+from clplat.rehearsal.rows import current_rows
 from clplat.rehearsal.vae import SequenceVAE
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience, Stream, StreamError
@@ -19,12 +21,14 @@ from clplat.weights.teacher import Teacher
 
 
 class GenerativeReplay(Strategy):
-    """A generator, a recurrent variational autoencoder, is trained beside the learner; its copy from the end of the
-    last experience gives inputs of the past, and the learner's copy from then gives their answers:
+    """Replay of inputs that a generator makes, with the answers that the old learner gives to them.
 
-        loss = (1 / t) loss(current) + (1 - 1 / t) loss(generated)          in experience t = 1, 2, ...
+    The generator is a recurrent variational autoencoder, trained beside the learner. Copies of both from the end of
+    the last experience stand for the past. In experience t = 1, 2, ... learner and generator are trained alike on
 
-    for the learner, and alike for the generator, so that both remember all of the past. With `labels="soft"` the
+        loss = (1 / t) loss(current) + (1 - 1 / t) loss(generated)
+
+    so that both remember all of the past. With `labels="soft"` the
     learner's old answers are distilled at a temperature instead of being taken as truth (van de Ven & Tolias 2018).
     Nothing of the past is stored but the two nets. With task labels, each generated row is of a random earlier task;
     which of its steps are scored is taken from the current rows, where a stream scores only some.
@@ -40,13 +44,12 @@ class GenerativeReplay(Strategy):
         labels: "hard" or "soft"; soft for targets that are classes only.
         temperature: of soft labels, above 0.
         seed: of the generator's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
     not_carried = "its generator makes sequences of one length, segments have several"
+    generator: SequenceVAE
+    old: SequenceVAE  # the generator at the end of the last experience
 
     def __init__(
         self,
@@ -60,81 +63,57 @@ class GenerativeReplay(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rows is not None and rows < 0:
-            raise ValueError(f"generative_replay.rows: got {rows}, it must be at least 0 (0 is finetuning), or null.")
-        if hidden < 1 or latent < 1:
-            raise ValueError(f"generative_replay: got hidden={hidden}, latent={latent}; both must be at least 1.")
-        if not min(deviation, lr, temperature) > 0:
-            raise ValueError(
-                f"generative_replay: got deviation={deviation}, lr={lr}, temperature={temperature}; all must be above 0."
-            )
-        if labels not in ("hard", "soft"):
-            raise ValueError(f"generative_replay.labels: got {labels!r}, allowed are 'hard' and 'soft'.")
+        checks.at_least(0, "0 is finetuning", rows=rows)
+        checks.at_least(1, hidden=hidden, latent=latent)
+        checks.above(0, deviation=deviation, lr=lr, temperature=temperature)
+        checks.one_of("labels", labels, ("hard", "soft"))
         self.rows, self.hidden, self.latent, self.deviation = rows, hidden, latent, deviation
         self.lr, self.soft, self.temperature = lr, labels == "soft", temperature
         self.off = rows == 0
         self.claims = frozenset([] if self.off else ["objective"])
         self.passes = 1.0 if self.off else 3.0
-        self.generator: SequenceVAE | None = None
-        self.old: SequenceVAE | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._resume: dict[str, Any] | None = None  # the optimiser's state, until the generator is on its device
-        self.inputs: dict[str, int | None] = {}
         self.tasks: list[int] = []
         self.learned = 0  # experiences
         self._random = torch.Generator().manual_seed(stable_seed(seed, "generative replay"))
         self._generated: Batch | None = None
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for the learner's copy.
-
-        Raises:
-            ValueError: soft labels for targets that are not classes.
-        """
         if self.soft and not learner.objective.classes:
             name = type(learner.objective).__name__
-            raise ValueError(f"labels: 'soft' distils classes, and {name} has none: use 'hard'.")
-        if not self.off:
-            self.teacher = Teacher(learner.net)
+            raise ValueError(f"labels: got 'soft', which distils classes, and {name} has none: use 'hard'.")
+        if self.off:
+            return
+        self.teacher = Teacher(learner.net)
+        data = stream[0].train
+        batch = data.batch(torch.arange(min(len(data), 32)))
+        if batch.lengths is not None:
+            raise StreamError(
+                "generative_replay generates sequences of one length, and this stream's differ: use replay."
+            )
+        tokens = not batch.x.is_floating_point()
+        # A vocabulary is not seen from data: the net's own embedding has it.
+        vocabulary = next(p.shape[0] for p in learner.net.embedding.parameters()) if tokens else None
+        steps = batch.x.shape[1] if tokens or batch.x.ndim == 3 else 0
+        sizes = (steps, None if tokens else batch.x.shape[-1], vocabulary, self.hidden, self.latent, self.deviation)
+        self.generator, self.old = SequenceVAE(*sizes), SequenceVAE(*sizes).requires_grad_(False)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Go on with the generator's optimiser, after a resume."""
         if self._resume is not None:
             state, self._resume = self._resume, None
-            self._optimize()
+            self.before_experience(learner, experience)
             assert self.optimizer is not None
             self.optimizer.load_state_dict(state)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """Build the generator, once the inputs are known; its optimiser is fresh in every experience.
+        if not self.off:  # fresh in every experience
+            self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr)
 
-        Raises:
-            StreamError: sequences of different lengths.
-        """
-        if self.off:
-            return
-        if self.generator is None:
-            data = experience.train
-            batch = data.batch(torch.arange(min(len(data), 32)))
-            if batch.lengths is not None:
-                raise StreamError(
-                    "generative_replay generates sequences of one length, and this stream's differ: use replay."
-                )
-            tokens = not batch.x.is_floating_point()
-            # A vocabulary is not seen from data: the net's own embedding has it.
-            vocabulary = next(p.shape[0] for p in learner.net.embedding.parameters()) if tokens else None
-            steps = batch.x.shape[1] if tokens or batch.x.ndim == 3 else 0
-            self._build({"steps": steps, "features": None if tokens else batch.x.shape[-1], "vocabulary": vocabulary})
-            assert self.generator is not None
-            self.generator.to(learner.device)
-        self._optimize()
-
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch as it is; generated rows are made here, once a step."""
+    def before_step(self, learner: Learner, batch: Batch) -> None:
         self._generated = None
         count = len(batch) if self.rows is None else self.rows
         if self.learned and count:
-            assert self.old is not None
             z = self._normal(count, batch.x)
             uniform = torch.rand(count, self.old.steps or 1, generator=self._random).to(batch.x.device)
             task = None
@@ -149,10 +128,8 @@ class GenerativeReplay(Strategy):
             if learner.logit_mask != "all" and learner.objective.one_class:  # the learner masks these as well
                 logits = logits.masked_fill(~learner.seen, torch.finfo(logits.dtype).min)
             self._generated = replace(made, y=learner.objective.answer(logits, batch.y), extra={"logits": logits})
-        return batch
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
-        """Current and generated rows, each experience with the same weight."""
         own = learner.objective(output.logits, batch)
         if self._generated is None:
             return own
@@ -173,26 +150,22 @@ class GenerativeReplay(Strategy):
         return share * own + (1 - share) * past
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """A step of the generator, on the same rows."""
-        if self.generator is None or self.optimizer is None:
+        if self.optimizer is None:
             return
-        current = batch if batch.source is None else batch.rows(batch.source == 0)
+        rows = current_rows(batch)
         share = 1 / (self.learned + 1)
         with torch.enable_grad():
-            loss = self.generator.loss(current, self._normal(len(current), current.x))
+            loss = self.generator.loss(rows, self._normal(len(rows), rows.x))
             if self._generated is not None:
-                noise = self._normal(len(self._generated), current.x)
+                noise = self._normal(len(self._generated), rows.x)
                 loss = share * loss + (1 - share) * self.generator.loss(self._generated, noise)
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Generator and learner, as they are, stand for the past from now on."""
         if self.off:
             return
-        assert self.generator is not None
-        assert self.old is not None
         self.old.load_state_dict(self.generator.state_dict())
         self.teacher.learn(learner.net)
         self.learned += 1
@@ -200,16 +173,13 @@ class GenerativeReplay(Strategy):
             self.tasks.append(experience.task_label)
 
     def stored_bytes(self) -> int:
-        """Bytes of both nets' copies and of the generator in training."""
-        if self.off or self.generator is None:
+        if self.off:
             return 0
         size = sum(p.numel() * p.element_size() for p in self.generator.parameters())
         return 2 * size + self.teacher.stored_bytes()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the generator was built for, its optimiser, counters and random numbers."""
         return {
-            "inputs": dict(self.inputs),
             "optimizer": self._resume if self.optimizer is None else self.optimizer.state_dict(),
             "tasks": list(self.tasks),
             "learned": self.learned,
@@ -217,25 +187,9 @@ class GenerativeReplay(Strategy):
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `get_extra_state` gave; the generator's own weights are loaded after this."""
         self.tasks, self.learned = list(state["tasks"]), state["learned"]
         self._random.set_state(state["random"].cpu())
-        if state["inputs"] and self.generator is None:
-            self._build(state["inputs"])
         self.optimizer, self._resume = None, state["optimizer"]
-
-    def _build(self, inputs: Mapping[str, int | None]) -> None:
-        self.inputs = dict(inputs)
-        steps = inputs["steps"] or 0
-        made = [
-            SequenceVAE(steps, inputs["features"], inputs["vocabulary"], self.hidden, self.latent, self.deviation)
-            for _ in range(2)
-        ]
-        self.generator, self.old = made[0], made[1].requires_grad_(False)
-
-    def _optimize(self) -> None:
-        assert self.generator is not None
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=self.lr)
 
     def _normal(self, rows: int, like: Tensor) -> Tensor:
         return torch.randn(rows, self.latent, generator=self._random).to(like.device, non_blocking=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.herding import herd, unit_features
@@ -18,8 +19,7 @@ from clplat.weights.teacher import Teacher, every_logit
 
 
 class ICaRL(Strategy):
-    """Trains on the new data and the exemplars together, with the old net's answers as targets for old classes, and
-    answers with the nearest mean of exemplars.
+    """Rehearsal of herded exemplars, with the old net's answers as targets, and answers by the nearest class mean.
 
         loss: binary cross-entropy of every class met by now, towards sigmoid(old logit) for classes met before and
               one-hot for new ones                                                                  (algorithm 3)
@@ -33,38 +33,32 @@ class ICaRL(Strategy):
     Args:
         capacity: K, exemplars of all classes together, at least 1.
         nearest_mean: False answers with the logits.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries", "classes"})
     claims = frozenset({"layers", "mixture", "objective", "raw_rows"})
     passes = 4 / 3
+    known: Tensor  # [C] bool, classes met before this experience
+    means: Tensor | None  # [C, H], rows of `known` classes
 
     def __init__(self, capacity: int, nearest_mean: bool = True) -> None:
         super().__init__()
-        if capacity < 1:
-            raise ValueError(f"icarl.capacity: got {capacity}, it must be at least 1.")
+        checks.at_least(1, capacity=capacity)
         self.exemplars, self.nearest_mean = Ranked(capacity), nearest_mean
-        self.register_buffer("known", None)  # [C] bool, classes met before this experience
-        self.register_buffer("means", None)  # [C, H], rows of `known` classes
+        self.register_buffer("known", None)
+        self.register_buffer("means", None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for the old net."""
         self.teacher = Teacher(learner.net)
         self.known = torch.zeros_like(learner.seen)
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """What was to be trained on, and the exemplars."""
         if not len(self.exemplars) or session.data is None:
             return session
         held = self.exemplars.contents().to(torch.device("cpu"))
         return Session(UnionData([session.data, BatchData(held)]), session.budget, session.also_classes)
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
-        """Binary cross-entropy over the classes met by now."""
-        assert isinstance(self.known, Tensor)
         logits = every_logit(learner, batch, output)
         targets = F.one_hot(batch.y, logits.shape[-1]).to(logits.dtype)
         if self.teacher:
@@ -77,7 +71,6 @@ class ICaRL(Strategy):
         return rows.mean() if batch.weight is None else (rows * batch.weight).sum() / batch.weight.sum()
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Choose exemplars, take the means, and keep the net."""
         held = self.exemplars.capacity // int(learner.seen.sum())
         rows, ranks = herd(learner, experience.train, max(held, 1))
         self.exemplars.insert_ranked(rows.to(learner.device), ranks)
@@ -86,11 +79,8 @@ class ICaRL(Strategy):
         self.teacher.learn(learner.net)
 
     def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
-        """Minus the squared distance of unit features to the means; as they are before there are means."""
         if self.means is None or not self.nearest_mean:
             return logits
-        assert isinstance(self.means, Tensor)
-        assert isinstance(self.known, Tensor)
         apart = torch.cdist(F.normalize(features, dim=-1).float(), self.means).square()
         lowest = torch.finfo(apart.dtype).min
         held = (self.means != 0).any(-1)  # a class may have no exemplar left
@@ -98,17 +88,13 @@ class ICaRL(Strategy):
         return (-apart).masked_fill(~offered, lowest)
 
     def stored_bytes(self) -> int:
-        """Bytes of the exemplars, the means and the old net."""
         kept = [t for t in (self.means, self.known) if isinstance(t, Tensor)]
         own = sum(t.numel() * t.element_size() for t in kept)
         return own + self.exemplars.stored_bytes() + self.teacher.stored_bytes()
 
     def _take_means(self, learner: Learner) -> None:
         held = self.exemplars.contents().to(learner.device)
-        modes = [(m, m.training) for m in learner.modules()]
-        learner.eval()
-        features = torch.cat([unit_features(learner, held.rows(r)) for r in torch.arange(len(held)).split(1000)])
-        for module, training in modes:
-            module.training = training
+        with learner.evaluating():
+            features = torch.cat([unit_features(learner, held.rows(r)) for r in torch.arange(len(held)).split(1000)])
         member = F.one_hot(held.y, len(learner.seen)).to(features.dtype)  # [N, C]
         self.means = F.normalize(member.mT @ features, dim=-1).float()

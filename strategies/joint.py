@@ -8,14 +8,16 @@ from clplat.streams.union import UnionData
 
 
 class Joint(Strategy):
-    """Experience 0 trains on the union of all experiences' training sets, for as many steps as all experiences
-    together would take; the later ones train on nothing, so every row of R is the same."""
+    """Training on all experiences at once.
+
+    Experience 0 is the union of all training sets, with the steps of all experiences together. The later ones train
+    on nothing, so that every row of R is the same.
+    """
 
     not_carried = "it trains on another set than the experience's own, in which segments do not follow one another"
     claims = frozenset({"data"})
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """Everything for index 0, nothing after it."""
         if index > 0:
             return Session(None, 0.0)
         return Session(UnionData([e.train for e in stream]), float(len(stream)), stream.experiences)

@@ -1,4 +1,4 @@
-"""Rehearsal with multipliers: the constrained form of the ideal continual learner (Peng et al. 2023, arXiv 2305.00316)."""
+"""Rehearsal with multipliers: the ideal continual learner with constraints (Peng et al. 2023, arXiv 2305.00316)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.policies import ClassBalanced
+from clplat.rehearsal.rows import in_order
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 
-READ = 1024
-"""Examples read at once when a whole experience is offered to the buffer."""
-
 
 class Lagrangian(Strategy):
-    """Minimises the loss L_t of the current experience subject to L_k <= eps_k on stored examples of every old one.
+    """Constrained rehearsal: minimise L_t, subject to L_k <= eps_k on stored examples of each old experience k.
 
     Each old experience k has a multiplier lambda_k; with m_k = [lambda_k + rho (L_k - eps_k)]_+ the loss gets
 
@@ -48,9 +47,6 @@ class Lagrangian(Strategy):
         slack: added to eps.
         augmented: False for the plain Lagrangian.
         seed: of the buffer's random numbers.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -71,15 +67,10 @@ class Lagrangian(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("capacity", capacity), ("rho", rho), ("multiplier", multiplier)):
-            if value < 0:
-                raise ValueError(f"lagrangian.{name}: got {value}, it must be at least 0.")
-        if rows < 1:
-            raise ValueError(f"lagrangian.rows: got {rows}, it must be at least 1 (capacity 0 replays nothing).")
-        if largest is not None and largest < multiplier:
-            raise ValueError(
-                f"lagrangian.largest: got {largest}, it must be at least multiplier = {multiplier}, or null for none."
-            )
+        checks.at_least(0, "0 is finetuning", capacity=capacity)
+        checks.at_least(0, rho=rho, multiplier=multiplier)
+        checks.at_least(1, "capacity=0 replays nothing", rows=rows)
+        checks.at_least(multiplier, "the multiplier; null for none", largest=largest)
         self.rows, self.rho, self.multiplier, self.largest = rows, rho, multiplier, largest
         self.threshold, self.slack, self.augmented = threshold, slack, augmented
         self.on = capacity > 0 and (rho > 0 or multiplier > 0)
@@ -91,14 +82,11 @@ class Lagrangian(Strategy):
         self._replayed: tuple[Batch, Tensor] | None = None  # of the current step, with the experience of each row
         self._proposed: Tensor | None = None  # the multipliers after it
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The same batch; stored examples of every old experience are drawn for this step."""
+    def before_step(self, learner: Learner, batch: Batch) -> None:
         if self.multipliers is not None:
             self._replayed = self._drawn(self.rows, batch)
-        return batch
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The constraints' term, once there are old experiences."""
         if self.multipliers is None or self.limits is None or self._replayed is None:
             return {}
         reached, held = _losses(learner, *self._replayed, len(self.multipliers))
@@ -115,18 +103,15 @@ class Lagrangian(Strategy):
         return {"lagrangian": (value + slope * (reached - reached.detach())).sum()}
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Move the multipliers."""
         if self._proposed is not None:
             self.multipliers = self._proposed
         self._replayed = self._proposed = None
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Store examples of what was learned, and what was reached on them."""
         if not self.on:
             return
         batch = None
-        for batch in experience.train.batches(torch.arange(len(experience.train)).split(READ)):
-            batch = batch.to(learner.device)
+        for batch in in_order(experience.train, learner.device):
             group = torch.full((len(batch),), experience.index, device=batch.x.device)
             label = group if batch.task is None else batch.task
             self.buffer.insert(replace(batch, task=group, extra={"label": label}))
@@ -139,7 +124,6 @@ class Lagrangian(Strategy):
         self.multipliers = torch.cat([*old[1:], torch.full_like(limit, self.multiplier)])
 
     def stored_bytes(self) -> int:
-        """Bytes of the examples held, of the multipliers and of eps."""
         own = [t for t in (self.multipliers, self.limits) if t is not None]
         return self.buffer.stored_bytes() + sum(t.numel() * t.element_size() for t in own)
 
@@ -151,7 +135,7 @@ class Lagrangian(Strategy):
 
 
 def _losses(learner: Learner, stored: Batch, group: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The objective [number] on the rows of each experience, and whether it has any [number]."""
+    """Objective [number] on the rows of each experience, and whether it has any [number]."""
     objective = learner.objective
     losses, scored = objective.losses(learner(stored).logits, stored), objective.scored(stored)
     counts = torch.ones(len(stored), dtype=losses.dtype, device=losses.device)

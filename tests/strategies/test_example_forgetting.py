@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
@@ -29,7 +30,7 @@ from clplat.strategies.forgetting_replay import ForgettingReplay
 from clplat.strategies.joint import Joint
 from clplat.strategies.rehearsal_budget import RehearsalBudget
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
@@ -251,7 +252,7 @@ def test_real_values_are_refused() -> None:
     net = mlp(Inputs(features=D, length=0), partial(Head, outputs=1), hidden=[])
     made = Learner(net, objective_for("value"), ExampleForgetting())
     with pytest.raises(ValueError, match="neither right nor wrong"):
-        made.strategy.wrap(made)
+        made.strategy.setup(made, stream())
 
 
 @pytest.mark.parametrize("most", [True, False])
@@ -330,11 +331,11 @@ def test_capacity_zero_does_nothing(trainer: Callable) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ExampleForgetting(0.0), "fraction: got 0.0, it must be above 0 and at most 1"),
-        (lambda: ForgettingReplay(keep="some"), "keep: got 'some', allowed are 'most' and 'least'"),
+        (lambda: ExampleForgetting(0.0), "fraction: got 0.0, it must be above 0"),
+        (lambda: ForgettingReplay(keep="some"), "keep: got 'some', allowed are 'most', 'least'"),
         (lambda: ForgettingReplay(rows=0), "rows: got 0, it must be at least 1"),
         (lambda: ForgettingReplay(-1), "capacity: got -1, it must be at least 0"),
-        (lambda: ForgettingReplay(3, 3), "exactly one of the two is allowed"),
+        (lambda: ForgettingReplay(3, 3), "give exactly one of them"),
     ],
 )
 def test_wrong_options_are_refused(make: Callable[[], Any], message: str) -> None:
@@ -347,7 +348,9 @@ def test_what_was_found_is_in_the_runs_folder(tmp_path: Path) -> None:
     with initialize_config_module("clplat.conf", version_base="1.3"):
         cfg = compose("train", overrides)
     train(cfg, tmp_path, Names("stream", "learner", "example_forgetting"))
-    found = np.load(tmp_path / "strategy.npz")
-    assert {"events", "first_learned", "presentations", "scores"} <= set(found.files)
+    found = {
+        name.removeprefix("example_forgetting."): value for name, value in np.load(tmp_path / "strategy.npz").items()
+    }
+    assert {"events", "first_learned", "presentations", "scores"} <= found.keys()
     assert len(found["events"]) > 1000
     assert bool((found["presentations"] == 1).all())  # one epoch

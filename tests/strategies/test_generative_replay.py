@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
@@ -19,9 +20,8 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.rehearsal.vae import SequenceVAE
 from clplat.strategies.generative_replay import GenerativeReplay
-from clplat.strategy import Composite
 from clplat.streams.data import Examples
-from clplat.streams.experience import Batch, Experience, StreamError
+from clplat.streams.experience import Batch, Experience, Stream, StreamError
 from clplat.streams.inputs import Inputs
 
 
@@ -79,7 +79,7 @@ def test_it_learns_what_it_is_shown(steps: int, tokens: bool) -> None:
 
 def begun(tiny: Any, strategy: GenerativeReplay, stream: Any, index: int = 2) -> Any:
     learner = tiny.learner(strategy, stream)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     for k in range(index):
         learner.begin(stream[k])
         with torch.no_grad():
@@ -100,6 +100,7 @@ def test_the_loss_by_hand_in_the_third_experience(tiny: Any, labels: str) -> Non
     learner = begun(tiny, strategy, stream)
     batch = stream[2].train.batch(torch.arange(9))
     assert strategy.batch(learner, batch) is batch
+    strategy.before_step(learner, batch)
     made = strategy._generated
     assert made is not None and made.x.shape == (5, 5)
     old, new = strategy.teacher(made).logits, learner(made).logits
@@ -120,7 +121,7 @@ def test_the_past_is_compared_among_the_classes_that_compete(tiny: Any, labels: 
     stream = tiny.stream()
     strategy = GenerativeReplay(rows=40, hidden=8, latent=2, labels=labels)
     learner = tiny.learner(strategy, stream, logit_mask=mask)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     learner.begin(stream[0])
     with torch.no_grad():
         learner.net.head.linear.bias[4:] += 1.0  # not met before the third experience
@@ -129,7 +130,7 @@ def test_the_past_is_compared_among_the_classes_that_compete(tiny: Any, labels: 
     with torch.no_grad():
         learner.net.head.linear.bias[0] += 0.5
     batch = stream[1].train.batch(torch.arange(9))
-    strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     made = strategy._generated
     assert made is not None and bool((made.y < 4).all())
     output = learner(batch)
@@ -138,7 +139,7 @@ def test_the_past_is_compared_among_the_classes_that_compete(tiny: Any, labels: 
         right = learner.objective(learner(made).logits, made)
     else:
         old, new = strategy.teacher(made).logits, learner.net(made).logits
-        allowed = learner.together[made.y] if mask == "experience" else learner.seen.expand(len(made), -1)
+        allowed = learner.same_experience[made.y] if mask == "experience" else learner.seen.expand(len(made), -1)
         p, q = ((z / 2).masked_fill(~allowed, -1e9).softmax(-1) for z in (old, new))
         right = 4 * torch.where(allowed, p * (p / q).log(), 0).sum(-1).mean()
     torch.testing.assert_close(past, right)
@@ -151,12 +152,12 @@ def test_the_generators_optimiser_follows_its_weights_after_a_resume(tiny: Any) 
     for _ in range(2):
         strategy = GenerativeReplay(rows=5, hidden=8, latent=2)
         learner = tiny.learner(strategy, stream)
-        strategy.wrap(learner)
+        strategy.setup(learner, stream)
         learners.append((learner, strategy))
     (learner, strategy), (other, resumed) = learners
     learner.begin(stream[0])
     batch = stream[0].train.batch(torch.arange(9))
-    strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     strategy.after_step(learner, batch, learner(batch))
     other.load_state_dict(learner.state_dict())
     assert resumed.get_extra_state()["optimizer"] is not None  # a checkpoint before anything else would have it too
@@ -166,7 +167,7 @@ def test_the_generators_optimiser_follows_its_weights_after_a_resume(tiny: Any) 
     resumed._random.set_state(strategy._random.get_state())
     z = torch.randn(9, 2, dtype=torch.float64)
     resumed._normal = lambda rows, like: z  # type: ignore[method-assign]
-    resumed.batch(other, batch)
+    resumed.before_step(other, batch)
     resumed.after_step(other, batch, other(batch))
     assert resumed.optimizer is not None
     moments = list(resumed.optimizer.state.values())
@@ -179,15 +180,16 @@ def test_generated_rows_are_trained_on_scored_steps_only(labels: str) -> None:
     inputs = Inputs(vocabulary=2, length=6, per_step=True)
     net = recurrent(inputs, partial(Head, outputs=2), mixer=LSTM, hidden=8)
     learner = Learner(net, objective_for("tag"), strategy)
-    strategy.wrap(learner)
-    learner.begin(Experience(0, "0", (), train=data, test=data))
-    learner.end(Experience(0, "0", (), train=data, test=data))
-    learner.begin(Experience(1, "1", (), train=data, test=data))
+    first, second = (Experience(k, str(k), (), train=data, test=data) for k in range(2))
+    strategy.setup(learner, Stream("bits", (first, second), "domain_incremental", "tag", 2, vocabulary=2, length=6))
+    learner.begin(first)
+    learner.end(first)
+    learner.begin(second)
     with torch.no_grad():
         for p in learner.net.parameters():
             p.add_(0.3 * torch.randn_like(p))
     batch = data.batch(torch.arange(3))
-    strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     made = strategy._generated
     assert made is not None and made.mask is not None
     assert torch.equal(made.mask, batch.mask[[0, 1, 2, 0, 1]])  # type: ignore[index]  # it has one
@@ -221,7 +223,7 @@ def test_nothing_is_generated_in_the_first_experience(tiny: Any) -> None:
     stream, strategy = tiny.stream(), GenerativeReplay(rows=5, hidden=8, latent=2)
     learner = begun(tiny, strategy, stream, index=0)
     batch = stream[0].train.batch(torch.arange(9))
-    strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     assert strategy._generated is None
     output = learner(batch)
     assert torch.equal(strategy.objective(learner, batch, output), learner.objective(output.logits, batch))
@@ -230,7 +232,7 @@ def test_nothing_is_generated_in_the_first_experience(tiny: Any) -> None:
 def test_generated_rows_belong_to_earlier_tasks(tiny: Any) -> None:
     stream, strategy = tiny.stream(tasks=True), GenerativeReplay(rows=200, hidden=8, latent=2)
     learner = begun(tiny, strategy, stream)
-    strategy.batch(learner, stream[2].train.batch(torch.arange(9)))
+    strategy.before_step(learner, stream[2].train.batch(torch.arange(9)))
     made = strategy._generated
     assert made is not None and made.task is not None
     counts = made.task.bincount(minlength=3)
@@ -241,12 +243,11 @@ def test_generated_rows_belong_to_earlier_tasks(tiny: Any) -> None:
 def test_each_optimiser_moves_its_own_weights(tiny: Any) -> None:
     stream, strategy = tiny.stream(), GenerativeReplay(rows=5, hidden=8, latent=2)
     learner = begun(tiny, strategy, stream)
-    learner.configure_optimizers()
-    assert learner.optimizer is not None and strategy.generator is not None and strategy.old is not None
-    main = {id(p) for g in learner.optimizer.param_groups for p in g["params"]}
+    optimizer = learner.handover.begin(learner.parameter_groups())
+    main = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert main == {id(p) for p in learner.net.parameters()}
     batch = stream[2].train.batch(torch.arange(9))
-    strategy.batch(learner, batch)
+    strategy.before_step(learner, batch)
     net = [p.detach().clone() for p in learner.net.parameters()]
     young = [p.detach().clone() for p in strategy.generator.parameters()]
     old = [p.detach().clone() for p in strategy.old.parameters()]
@@ -262,7 +263,6 @@ def test_each_optimiser_moves_its_own_weights(tiny: Any) -> None:
 def test_sequences_of_different_lengths_are_refused(tiny: Any) -> None:
     stream, strategy = tiny.stream(), GenerativeReplay(rows=5)
     learner = tiny.learner(Composite({"mine": strategy}), stream)
-    strategy.wrap(learner)
 
     class Ragged:
         def __len__(self) -> int:
@@ -273,16 +273,16 @@ def test_sequences_of_different_lengths_are_refused(tiny: Any) -> None:
 
     ragged: Any = Ragged()
     with pytest.raises(StreamError, match="one length"):
-        strategy.before_experience(learner, replace(stream[0], train=ragged))
+        learner.strategy.setup(learner, replace(stream, experiences=(replace(stream[0], train=ragged),)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": -1}, "generative_replay.rows: got -1"),
-        ({"latent": 0}, "latent=0"),
-        ({"deviation": 0.0}, "deviation=0"),
-        ({"labels": "x"}, "allowed are 'hard' and 'soft'"),
+        ({"rows": -1}, "^rows: got -1"),
+        ({"latent": 0}, "^latent: got 0"),
+        ({"deviation": 0.0}, "^deviation: got 0"),
+        ({"labels": "x"}, "allowed are 'hard', 'soft'"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

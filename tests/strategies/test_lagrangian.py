@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import only
 from torch import Tensor
 
 from clplat.learners.learner import Learner
@@ -67,6 +68,7 @@ def gradients(value: Tensor, made: Learner) -> Tensor:
 
 def term(made: Learner) -> Tensor:
     current = whole(2)
+    made.strategy.before_step(made, current)
     assert made.strategy.batch(made, current) is current  # replayed rows have a forward pass of their own
     return made.strategy.loss(made, current, made(current))["lagrangian"]
 
@@ -76,9 +78,9 @@ def test_at_rho_0_it_is_weighted_replay() -> None:
     value, right = term(made), 0.3 * (on(whole(0), made) + on(whole(1), made))
     torch.testing.assert_close(value, right)
     torch.testing.assert_close(gradients(value, made), gradients(right, made))
-    before = made.strategy.get_buffer("multipliers")
+    before = only(made).get_buffer("multipliers")
     made.strategy.after_step(made, whole(2), made(whole(2)))
-    assert torch.equal(made.strategy.get_buffer("multipliers"), before)
+    assert torch.equal(only(made).get_buffer("multipliers"), before)
     assert before.tolist() == [0.3, 0.3]
 
 
@@ -136,7 +138,7 @@ def test_a_constrained_quadratic_problem_reaches_its_known_point() -> None:
         strategy.after_experience(made, Experience(0, "0", (), train=old, test=old))
     batch = new.batch(torch.arange(4))
     for _ in range(1800):
-        strategy.batch(made, batch)
+        strategy.before_step(made, batch)
         weight.grad = None
         output = made(batch)
         (made.objective(output.logits, batch) + sum(strategy.loss(made, batch, output).values())).backward()
@@ -163,7 +165,7 @@ def test_experiences_with_targets_at_every_step_count_as_alone(reduction: str) -
             strategy.after_experience(made, Experience(k, str(k), (), train=data, test=data))
     right = sum(on(data.batch(torch.arange(3)), made) for data in sets)
     batch = sets[0].batch(torch.arange(2))
-    strategy.batch(made, batch)
+    strategy.before_step(made, batch)
     torch.testing.assert_close(strategy.loss(made, batch, made(batch))["lagrangian"], right)
 
 
@@ -172,7 +174,7 @@ def test_stored_rows_keep_their_task_label() -> None:
     strategy = Lagrangian(capacity=100, rows=12, rho=0.0)
     made = consolidated(strategy, 2, head, tasks=True)
     current = whole(2, 2)
-    strategy.batch(made, current)
+    strategy.before_step(made, current)
     value = strategy.loss(made, current, made(current))["lagrangian"]
     right = on(whole(0, 0), made) + on(whole(1, 1), made)
     torch.testing.assert_close(value, right)
@@ -197,7 +199,7 @@ def test_it_holds_old_losses_where_replay_of_nothing_does_not(trainer: Callable)
 
     def loss_on_the_first(strategy: Strategy | None) -> float:
         made = learner(strategy)
-        made.make_optimizer = partial(torch.optim.Adam, lr=1e-2)
+        made.handover.make = partial(torch.optim.Adam, lr=1e-2)
         Run(stream, made, trainer(), Training(batch_size=12, epochs=12)).go()
         with torch.no_grad():
             return float(on(parts[0].train.batch(torch.arange(60)), made))
@@ -209,11 +211,11 @@ def test_it_holds_old_losses_where_replay_of_nothing_does_not(trainer: Callable)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"capacity": -1}, "lagrangian.capacity: got -1, it must be at least 0"),
-        ({"rho": -0.1}, "lagrangian.rho"),
-        ({"multiplier": -0.1}, "lagrangian.multiplier"),
-        ({"rows": 0}, "lagrangian.rows: got 0, it must be at least 1"),
-        ({"largest": 0.5}, "at least multiplier = 1.0, or null"),
+        ({"capacity": -1}, "^capacity: got -1, it must be at least 0"),
+        ({"rho": -0.1}, "^rho"),
+        ({"multiplier": -0.1}, "^multiplier"),
+        ({"rows": 0}, "^rows: got 0, it must be at least 1"),
+        ({"largest": 0.5}, "largest: got 0.5, it must be at least 1 \\(the multiplier; null for none"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
