@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
@@ -17,7 +18,7 @@ from clplat.weights.teacher import Teacher
 
 
 class CenterLoss(Strategy):
-    """Keeps features where they were, and the decision boundaries too.
+    """Penalty that keeps features where they were, with a head that is frozen for old classes.
 
     Mode "centers" adds strength / 2 * mean ||f(x) - c_y||^2, with a centre c for every class. After each step the
     centres of the classes in the batch move (Wen et al. 2016, eq. 4):
@@ -42,13 +43,15 @@ class CenterLoss(Strategy):
         centers_after: "frozen" or "moving", for classes of earlier experiences.
         freeze_head: whether the head's rows of classes met before stay as they are.
         normalize: True compares features of unit length.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
     claims = frozenset({"layers"})
+    centers: Tensor  # [C, H], of mode "centers" with a strength
+    old: Tensor  # [C] bool, classes of earlier experiences
+    rows: Tensor | None  # [rows of the head] bool, those that stay
+    head_weight: Tensor  # the head as it was when the experience began, once there are rows that stay
+    head_bias: Tensor
 
     def __init__(
         self,
@@ -60,31 +63,19 @@ class CenterLoss(Strategy):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        if strength < 0:
-            raise ValueError(f"center_loss.strength: got {strength}, it must be at least 0.")
-        if mode not in ("centers", "features"):
-            raise ValueError(f"center_loss.mode: got {mode!r}, allowed are 'centers' and 'features'.")
-        if not 0 <= rate <= 1:
-            raise ValueError(f"center_loss.rate: got {rate}, it must lie in 0..1.")
-        if centers_after not in ("frozen", "moving"):
-            raise ValueError(f"center_loss.centers_after: got {centers_after!r}, allowed are 'frozen' and 'moving'.")
+        checks.at_least(0, strength=strength)
+        checks.one_of("mode", mode, ("centers", "features"))
+        checks.within(0, 1, rate=rate)
+        checks.one_of("centers_after", centers_after, ("frozen", "moving"))
         self.strength, self.mode, self.center_rate, self.normalize = strength, mode, rate, normalize
         self.moving, self.freeze_head = centers_after == "moving", freeze_head
-        self.register_buffer("centers", None)  # [C, H]
-        self.register_buffer("old", None)  # [C] bool, classes of earlier experiences
-        self.register_buffer("rows", None)  # [rows of the head] bool, those that stay
-        for name in ("weight", "bias"):
-            self.register_buffer(f"head_{name}", None)  # the head as it was when the experience began
+        for name in ("centers", "old", "rows", "head_weight", "head_bias"):
+            self.register_buffer(name, None)
         self.passes = 4 / 3 if mode == "features" and strength > 0 else 1.0
         if mode == "features":
             self.not_carried = "its old net would see each segment from a fresh state, the learner from a carried one"
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for centres or for the old net.
-
-        Raises:
-            ValueError: mode "centers" and targets that are not classes.
-        """
         head = learner.net.head
         if self.mode == "centers":
             if not learner.objective.classes:
@@ -97,8 +88,6 @@ class CenterLoss(Strategy):
         self.old = torch.zeros(head.outputs, dtype=torch.bool)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """Note the head's rows that must stay."""
-        assert isinstance(self.old, Tensor)
         if not self.freeze_head or experience.index == 0:
             return
         head = learner.net.head
@@ -110,7 +99,6 @@ class CenterLoss(Strategy):
         self.head_weight, self.head_bias = head.linear.weight.detach().clone(), head.linear.bias.detach().clone()
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The distance to the centres, or to the old features once there are any."""
         if self.strength == 0:
             return {}
         features = self._unit(output.features)
@@ -120,26 +108,20 @@ class CenterLoss(Strategy):
             apart = (features - self._unit(self.teacher(batch).features)).square().mean(-1)
             scored = _steps(learner, batch, apart)
             return {"center_loss": self.strength * (apart.masked_fill(~scored, 0).sum() / scored.sum())}
-        assert isinstance(self.centers, Tensor)
         scored = _steps(learner, batch, features[..., 0])
         nearest = F.embedding(batch.y.clamp_min(0), self.centers)
         apart = (features - nearest).square().sum(-1)
         return {"center_loss": 0.5 * self.strength * apart.masked_fill(~scored, 0).sum() / scored.sum()}
 
     def after_step(self, learner: Learner, batch: Batch, output: Output) -> None:
-        """Move the centres, and put frozen rows of the head back where an optimiser's memory has moved them."""
         if self.mode == "centers" and self.strength > 0:
             self._move(learner, batch, self._unit(output.features.detach()))
-        if isinstance(self.rows, Tensor):
-            assert isinstance(self.head_weight, Tensor)
-            assert isinstance(self.head_bias, Tensor)
+        if self.rows is not None:  # an optimiser's memory may have moved them
             linear = learner.net.head.linear
             linear.weight.copy_(torch.where(self.rows[:, None], self.head_weight, linear.weight))
             linear.bias.copy_(torch.where(self.rows, self.head_bias, linear.bias))
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Its classes are old ones from now on."""
-        assert isinstance(self.old, Tensor)
         if experience.classes:
             self.old[list(experience.classes)] = True
         else:
@@ -148,14 +130,11 @@ class CenterLoss(Strategy):
             self.teacher.learn(learner.net)
 
     def stored_bytes(self) -> int:
-        """Bytes of the centres, or of the old net, and of the frozen rows."""
         kept = [self.centers, self.old, self.rows, self.head_weight, self.head_bias]
         own = sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor))
         return own + (self.teacher.stored_bytes() if self.mode == "features" and self.strength > 0 else 0)
 
     def _move(self, learner: Learner, batch: Batch, features: Tensor) -> None:
-        assert isinstance(self.centers, Tensor)
-        assert isinstance(self.old, Tensor)
         scored = _steps(learner, batch, features[..., 0]).flatten()
         y, features = batch.y.flatten().clamp_min(0), features.flatten(0, -2).to(self.centers.dtype)
         member = F.one_hot(y, len(self.centers)).to(features.dtype) * scored[:, None]  # [N, C]

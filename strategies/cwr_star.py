@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
+from clplat.rehearsal.rows import in_order
 from clplat.strategy import Strategy
 from clplat.streams.experience import Experience, Stream
 
 
 class CWRStar(Strategy):
-    """The net below the head is trained on experience 0 and then frozen; of the head there are two copies.
+    """Head with two copies, on a net that is trained on experience 0 and then frozen.
 
     Before each experience the head in training is set to 0, but for the saved rows of its own classes (of those met
     before). After it, with past_c and cur_c the examples of class c before and in this experience (algorithm 2):
 
         s = sqrt(past_c / cur_c),    saved_c <- (saved_c s + w_c - mean) / (s + 1)
 
-    where the mean is one number, over all weights of the rows of the experience's classes; a new class has s = 0. The
+    The mean is one number, over all weights of the rows of the experience's classes; a new class has s = 0. The
     saved head is what is tested; between experiences it is also in the net. Rows of classes not met yet are 0.
 
     Deviations: the paper says nothing of the head's bias and the authors' code leaves it in training throughout, which
@@ -29,9 +31,6 @@ class CWRStar(Strategy):
     Args:
         bias: "consolidate" treats it like the weights, with a mean of its own; "shared" leaves one bias in training
             throughout, as in the authors' code.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries", "classes"})
@@ -42,33 +41,30 @@ class CWRStar(Strategy):
 
     def __init__(self, bias: str = "consolidate") -> None:
         super().__init__()
-        if bias not in ("consolidate", "shared"):
-            raise ValueError(f"cwr_star.bias: got {bias!r}, allowed are 'consolidate' and 'shared'.")
+        checks.one_of("bias", bias, ("consolidate", "shared"))
         self.bias = bias
         for name in ("saved_weight", "saved_bias", "past"):
             self.register_buffer(name, None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse a head per task, and an optimiser state that would outlive the weights it is for."""
         if isinstance(learner.net.head, TaskHead):
             raise ValueError(
-                "cwr_star shares one head among all experiences, got one per task: set learner.head=shared."
+                "learner.head: got one head per task, and cwr_star shares one among all experiences: set "
+                "learner.head=shared."
             )
         if learner.optimizer_state == "kept":
             raise ValueError(
-                "cwr_star freezes all but the head after experience 0, and learner.optimizer_state=kept would carry "
-                "the state of frozen weights on: set it to fresh."
+                "learner.optimizer_state: got 'kept', which would carry the state of weights that cwr_star freezes "
+                "after experience 0: set it to fresh."
             )
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """After experience 0 only the head is trained."""
         if experience.index > 0:
             head = {id(p) for p in learner.net.head.parameters()}
             for parameter in learner.net.parameters():
                 parameter.requires_grad_(id(parameter) in head)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """The head in training: 0, and the saved rows of the experience's classes."""
         classes = list(experience.classes)
         for parameter, saved in self._pairs(learner):
             parameter.zero_()
@@ -76,7 +72,6 @@ class CWRStar(Strategy):
                 parameter[classes] = saved[classes]
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Consolidate the rows of the experience's classes, and put the saved head into the net."""
         head = learner.net.head
         current = _counts(experience, head.outputs).to(learner.device)
         past = torch.zeros_like(current) if self.past is None else self.past
@@ -94,7 +89,7 @@ class CWRStar(Strategy):
         self.past = past + current
 
     def _pairs(self, learner: Learner) -> list[tuple[Tensor, Tensor | None]]:
-        """What is consolidated: the head's parameters and their saved copies."""
+        """The head's parameters that are consolidated, and their saved copies."""
         linear = learner.net.head.linear
         pairs = [(linear.weight, self.saved_weight)]
         return pairs if self.bias == "shared" else [*pairs, (linear.bias, self.saved_bias)]
@@ -104,6 +99,5 @@ def _counts(experience: Experience, classes: int) -> Tensor:
     """[C] training examples of each class."""
     targets = experience.train.targets()
     if targets is None:  # only where reading all examples is the way to know
-        parts = experience.train.batches(torch.arange(len(experience.train)).split(1024))
-        targets = torch.cat([batch.y for batch in parts])
+        targets = torch.cat([batch.y for batch in in_order(experience.train)])
     return torch.bincount(targets, minlength=classes)

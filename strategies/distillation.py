@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
@@ -18,10 +19,9 @@ ROWS = ("none", "replayed", "all")
 
 
 class Distillation(Strategy):
-    """Distils the net as it was before the experience, on features and on answers; goes with a replay strategy:
-    `strategy=[replay,distillation]`.
+    """Distillation of the net before the experience, on features and on answers.
 
-    With r replayed rows among n, C_old classes met before and C met by now:
+    It goes with a replay strategy: `strategy=[replay,distillation]`. With r replayed rows among n, C_old classes met before and C met by now:
 
         feature:     MSE of features;  weight a = sqrt(r / n)
         prediction:  T^2 KL(teacher || student), both as softmax over the C_old classes, mean over rows and classes;
@@ -38,14 +38,12 @@ class Distillation(Strategy):
         prediction: rows whose answers are distilled: "none", "replayed" or "all".
         temperature: T, above 0.
         mean: of the KL, over "rows", or "rows_and_classes" (the released code).
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries", "classes"})
     not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
     claims = frozenset({"layers"})
+    known: Tensor  # [C] bool, classes met before this experience
 
     def __init__(
         self,
@@ -55,36 +53,26 @@ class Distillation(Strategy):
         mean: str = "rows_and_classes",
     ) -> None:
         super().__init__()
-        for name, value in (("feature", feature), ("prediction", prediction)):
-            if value not in ROWS:
-                raise ValueError(f"distillation.{name}: got {value!r}, allowed are {', '.join(map(repr, ROWS))}.")
-        if not temperature > 0:
-            raise ValueError(f"distillation.temperature: got {temperature}, it must be above 0.")
-        if mean not in ("rows", "rows_and_classes"):
-            raise ValueError(f"distillation.mean: got {mean!r}, allowed are 'rows' and 'rows_and_classes'.")
-        self.feature, self.prediction, self.temperature, self.by_class = (
-            feature,
-            prediction,
-            temperature,
-            mean == "rows_and_classes",
-        )
+        checks.one_of("feature", feature, ROWS)
+        checks.one_of("prediction", prediction, ROWS)
+        checks.above(0, temperature=temperature)
+        checks.one_of("mean", mean, ("rows", "rows_and_classes"))
+        self.feature, self.prediction, self.temperature = feature, prediction, temperature
+        self.by_class = mean == "rows_and_classes"
         self.off = feature == prediction == "none"
         self.claims = frozenset({"layers", *([] if self.off else ["objective"])})
         self.passes = 1.0 if self.off else 4 / 3
         self.old = self.all = 0  # numbers of classes
-        self.register_buffer("known", None)  # [C] bool, classes met before this experience
+        self.register_buffer("known", None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for the teacher."""
         if not self.off:
             self.teacher = Teacher(learner.net)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """Count the classes."""
         self.all = int(learner.seen.sum())
 
     def objective(self, learner: Learner, batch: Batch, output: Output) -> Tensor:
-        """The learner's objective and the distillation terms, weighted."""
         own = learner.objective(output.logits, batch)
         if not self.teacher:
             return own
@@ -103,26 +91,21 @@ class Distillation(Strategy):
         return total
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """The net as it is becomes the teacher."""
         if not self.off:
             self.teacher.learn(learner.net)
             self.known, self.old = learner.seen.clone(), int(learner.seen.sum())
 
     def stored_bytes(self) -> int:
-        """Bytes of the teacher."""
         return 0 if self.off else self.teacher.stored_bytes()
 
     def get_extra_state(self) -> dict[str, int]:
-        """Numbers of classes."""
         return {"old": self.old, "all": self.all}
 
     def set_extra_state(self, state: Mapping[str, int]) -> None:
-        """Take what `get_extra_state` gave."""
         self.old, self.all = state["old"], state["all"]
 
     def _divergence(self, new: Tensor, old: Tensor) -> Tensor:
         """T^2 KL [B] over the classes known before, where the teacher offers them."""
-        assert isinstance(self.known, Tensor)
         offered = self.known & (old > torch.finfo(old.dtype).min)
         lowest = torch.finfo(torch.float32).min
         p, q = ((z.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1) for z in (old, new))
@@ -141,5 +124,5 @@ def weight_of_classes(old: int, all_: int) -> float:
 
 
 def _mean(values: Tensor, chosen: Tensor | None) -> Tensor:
-    """The mean of values [B] over all rows, or over those where `chosen` is 1; 0 without any."""
+    """Mean of values [B] over all rows, or over those where `chosen` is 1; 0 without any."""
     return values.mean() if chosen is None else (values * chosen).sum() / chosen.sum().clamp_min(1)

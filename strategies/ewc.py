@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.importance.fisher import check_kind, fisher
 from clplat.importance.penalty import Quadratic
 from clplat.learners.learner import Learner
@@ -19,7 +20,9 @@ MODES = ("separate", "online", "single")
 
 
 class EWC(Strategy):
-    """Adds strength / 2 * sum_i F_i (theta_i - theta*_i)^2, F the diagonal Fisher information (eq. 3 of the paper).
+    """Quadratic penalty on changes of weights, each by its Fisher information F_i (eq. 3):
+
+        strength / 2 * sum_i F_i (theta_i - theta*_i)^2
 
     The modes differ in what is kept of several experiences:
 
@@ -40,9 +43,6 @@ class EWC(Strategy):
         examples: the Fisher is a mean over this many examples of the experience, null: all.
         batch_size: examples a pass of the Fisher; no effect on the result (but for "batched").
         seed: of the choice of these examples and of sampled labels.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -59,37 +59,24 @@ class EWC(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"ewc.mode: got {mode!r}, allowed are {', '.join(map(repr, MODES))}.")
-        if strength < 0:
-            raise ValueError(f"ewc.strength: got {strength}, it must be at least 0 (0 is finetuning).")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"ewc.gamma: got {gamma}, it must lie in 0..1.")
+        checks.at_least(0, "0 is finetuning", strength=strength)
+        checks.one_of("mode", mode, MODES)
+        checks.within(0, 1, gamma=gamma)
+        checks.at_least(1, examples=examples, batch_size=batch_size)
         if gamma != 1 and mode != "online":
-            raise ValueError(f"ewc.gamma: got {gamma} with mode {mode!r}, only 'online' has it: set gamma to 1.")
-        if (examples is not None and examples < 1) or batch_size < 1:
-            raise ValueError(f"ewc: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
+            raise ValueError(f"gamma: got {gamma} with mode {mode!r}, only 'online' has it: set gamma to 1.")
         check_kind(fisher)
         self.strength, self.mode, self.gamma = strength, mode, gamma
         self.fisher, self.examples, self.batch_size, self.seed = fisher, examples, batch_size, seed
         self.past = Quadratic()
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse an estimate that does not exist for the learner's objective."""
         check_kind(self.fisher, learner.objective)
 
-    def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """A head that has grown: its new rows are free."""
-        self.past.fit(learner.weights())
-
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The penalty, once there is a past."""
-        if not self.past:
-            return {}
-        return {"ewc": self.past.penalty(learner.weights(), self.strength * self.gamma)}
+        return {"ewc": self.past.penalty(learner.weights(), self.strength * self.gamma)} if self.past else {}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Add the Fisher information of what was learned; nothing at strength 0."""
         if self.strength == 0:
             return
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "fisher", experience.index))

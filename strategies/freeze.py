@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Net
 from clplat.strategy import Strategy
@@ -12,7 +13,7 @@ from clplat.streams.experience import Batch, Experience, Stream
 
 
 class Freeze(Strategy):
-    """From experience `start` on the embedding and the first blocks of the net no longer change.
+    """Freezing of the embedding and the first blocks of the net, from experience `start` on.
 
     Frozen weights are left out of the optimiser: neither momentum, nor Adam's moments, nor weight decay can move them.
     Blocks are counted, not matched by name, so that block 1 never means blocks 10 to 19 too. Frozen layers are kept
@@ -27,46 +28,35 @@ class Freeze(Strategy):
         embedding: freeze the embedding too.
         start: the first experience that is trained with frozen layers, from 0.
         eval_mode: keep frozen layers in evaluation mode.
-
-    Raises:
-        ValueError: a negative number; `setup`: more blocks than the net has, or an optimiser whose state is kept.
     """
 
     claims = frozenset({"layers"})
 
     def __init__(self, blocks: int = 1, embedding: bool = True, start: int = 1, eval_mode: bool = True) -> None:
         super().__init__()
-        for name, value in (("blocks", blocks), ("start", start)):
-            if value < 0:
-                raise ValueError(f"freeze.{name}: got {value}, it must be at least 0.")
+        checks.at_least(0, blocks=blocks, start=start)
         self.blocks, self.embedding, self.start, self.eval_mode = blocks, embedding, start, eval_mode
         self._active = False  # set by `enter`
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Refuse what the net or the optimiser cannot give."""
-        have = len(learner.net.blocks)
-        if self.blocks > have:
-            raise ValueError(f"freeze.blocks: got {self.blocks}, this net has {have}: set it to 0..{have}.")
+        checks.within(0, len(learner.net.blocks), "all blocks of this net", blocks=self.blocks)
         if learner.optimizer_state == "kept":
             raise ValueError(
-                "freeze: learner.optimizer_state=kept would go on with the state of weights that are no longer trained: "
-                "set learner.optimizer_state=fresh."
+                "learner.optimizer_state: got 'kept', which would carry the state of weights that freeze no longer "
+                "trains: set it to fresh."
             )
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Freeze, from experience `start` on."""
         self._active = experience.index >= self.start
         if self._active:
             for layer in self.frozen(learner.net):
                 layer.requires_grad_(False)
 
-    def batch(self, learner: Learner, batch: Batch) -> Batch:
-        """The batch as it is; frozen layers are put into evaluation mode, which whatever trains the net may undo."""
+    def before_step(self, learner: Learner, batch: Batch) -> None:
         if self._active and self.eval_mode:
             for layer in self.frozen(learner.net):
-                if layer.training:
+                if layer.training:  # again, since whatever trains the net puts all of it into training mode
                     layer.eval()
-        return batch
 
     def frozen(self, net: Net) -> list[nn.Module]:
         """The layers that are frozen, from the bottom."""

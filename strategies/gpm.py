@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.importance.fisher import untouched
 from clplat.importance.recorder import Recorder, Use
 from clplat.learners.learner import Learner
@@ -19,12 +20,12 @@ from clplat.weights.subspace import collect, extended, rounding, without
 
 
 class GPM(Strategy):
-    """Each weight matrix W [M, D] moves only where old inputs of its layer do not reach.
+    """Projection of each weight matrix's changes to where old inputs of its layer do not reach.
 
-    After an experience the inputs x [N, D] that W was multiplied with are collected, and an orthonormal basis B [D, k]
-    is extended by their leading singular directions until it holds the fraction `energy` of their squared norm (eq. 5
-    and 9). From then on a change of W is replaced by change - change B B^T (eq. 6 and 7): on inputs in the span of B,
-    W x stays what it was. With energy 1 that is every input collected, and no old answer on them changes.
+    After an experience the inputs x [N, D] that W [M, D] was multiplied with are collected. An orthonormal basis B
+    [D, k] is extended by their leading singular directions, until it holds the fraction `energy` of their squared norm
+    (eq. 5 and 9). From then on a change of W is replaced by change - change B B^T (eq. 6 and 7): on inputs in the span
+    of B, W x stays what it was. With energy 1 that is every input collected, and no old answer on them changes.
 
     In recurrent layers every valid time step is an input, and the recurrent matrix has a basis of its own, of the
     hidden states that it was multiplied with; in attention the projections do so on every step. Rows of an embedding
@@ -47,9 +48,6 @@ class GPM(Strategy):
         others: "freeze" from experience 1 on, or "free", without a guarantee.
         batch_size: examples a pass; no effect on the result but rounding.
         seed: of the choice of examples.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -67,19 +65,11 @@ class GPM(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("energy", energy), ("energy_growth", energy_growth)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"gpm.{name}: got {value}, it must lie in 0..1.")
-        allowed = {
-            "apply_to": ("update", "gradient"),
-            "head": ("auto", "project", "free"),
-            "others": ("freeze", "free"),
-        }
-        for name, value in (("apply_to", apply_to), ("head", head), ("others", others)):
-            if value not in allowed[name]:
-                raise ValueError(f"gpm.{name}: got {value!r}, allowed are {', '.join(map(repr, allowed[name]))}.")
-        if (examples is not None and examples < 1) or batch_size < 1:
-            raise ValueError(f"gpm: got examples={examples}, batch_size={batch_size}; both must be at least 1.")
+        checks.within(0, 1, energy=energy, energy_growth=energy_growth)
+        checks.one_of("apply_to", apply_to, ("update", "gradient"))
+        checks.one_of("head", head, ("auto", "project", "free"))
+        checks.one_of("others", others, ("freeze", "free"))
+        checks.at_least(1, examples=examples, batch_size=batch_size)
         self.energy, self.energy_growth, self.examples = energy, energy_growth, examples
         self.apply_to, self.head, self.others = apply_to, head, others
         self.batch_size, self.seed = batch_size, seed
@@ -87,7 +77,6 @@ class GPM(Strategy):
         self._free: tuple[str, ...] = ()  # names of parameters that are never held back
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for a basis of each weight matrix."""
         if self.head == "free" or (self.head == "auto" and isinstance(learner.net.head, TaskHead)):
             self._free = tuple(f"head.{name}" for name, _ in learner.net.head.named_parameters())
         for name, parameter in learner.net.named_parameters():
@@ -95,16 +84,13 @@ class GPM(Strategy):
                 self.register_buffer(_basis(name), None)  # [D, k], or [V] bool: which rows of an embedding are kept
 
     def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Project the gradients; a parameter that is frozen has none, so that no optimiser moves it."""
         if not self._past or self.apply_to == "update":
             return
         for name, parameter in learner.weights().items():
             if parameter.grad is not None:
-                allowed = self._allowed(name, parameter.grad)
-                parameter.grad = None if allowed is None else allowed
+                parameter.grad = self._allowed(name, parameter.grad)  # without one, no optimiser moves it
 
     def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
-        """With "update": the step, and the part of it taken back that changes old answers."""
         if not self._past or self.apply_to == "gradient":
             return update(closure)
         before = {name: p.detach().clone() for name, p in learner.weights().items()}
@@ -116,7 +102,6 @@ class GPM(Strategy):
         return output
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Extend the bases by the inputs of what was learned; nothing at energy 0."""
         if self.energy == 0:
             return
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "gpm", experience.index))
@@ -137,18 +122,16 @@ class GPM(Strategy):
         self._past += 1
 
     def get_extra_state(self) -> dict[str, Any]:
-        """How many experiences were consolidated."""
         return {"past": self._past}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._past = state["past"]
 
     def _held(self, name: str) -> Tensor | None:
         return self._buffers.get(_basis(name))
 
     def _allowed(self, name: str, change: Tensor) -> Tensor | None:
-        """The part of a parameter's change that leaves old answers as they are; None: nothing may change."""
+        """Part of a parameter's change that leaves old answers as they are; None: nothing may change."""
         held = self._held(name)
         if name in self._free:
             return change

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
@@ -19,7 +20,7 @@ BASES = ("first", "initial")
 
 
 class ICL(Strategy):
-    """Features are frozen; a linear head on them is solved in closed form after each experience, and nothing is undone.
+    """Closed-form solution of a linear head on frozen features, after each experience, which undoes nothing.
 
     The ideal continual learner takes K_t = argmin of L_t over K_{t-1}: minimisers of the new loss among the minimisers
     of all old ones. With squared error and a linear head, for features X [N, P] and targets Y [N, O] of an experience:
@@ -50,9 +51,6 @@ class ICL(Strategy):
             truncate directions that hardly matter and keep room for later experiences.
         batch_size: examples a pass; no effect on the result but rounding.
         seed: of Z.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
@@ -74,25 +72,17 @@ class ICL(Strategy):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"icl.mode: got {mode!r}, allowed are {' and '.join(map(repr, MODES))}.")
-        if base not in BASES:
-            raise ValueError(f"icl.base: got {base!r}, allowed are {' and '.join(map(repr, BASES))}.")
-        if random_features is not None and random_features < 1:
-            raise ValueError(f"icl.random_features: got {random_features}, it must be at least 1, or null for none.")
-        if not ridge > 0:
-            raise ValueError(f"icl.ridge: got {ridge}, it must be above 0 (1e-9 is close to none).")
-        if not 0 <= tolerance < 1:
-            raise ValueError(f"icl.tolerance: got {tolerance}, it must be at least 0 and less than 1.")
-        if batch_size < 1:
-            raise ValueError(f"icl.batch_size: got {batch_size}, it must be at least 1.")
+        checks.one_of("mode", mode, MODES)
+        checks.one_of("base", base, BASES)
+        checks.at_least(1, random_features=random_features, batch_size=batch_size)
+        checks.above(0, "1e-9 is close to none", ridge=ridge)
+        checks.within(0, 1, tolerance=tolerance, below=True)
         self.mode, self.base, self.random_features, self.bias = mode, base, random_features, bias
         self.ridge, self.tolerance, self.batch_size, self.seed = ridge, tolerance, batch_size, seed
         for name in ("solution", "rest", "projection"):
             self.register_buffer(name, None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Draw the random features; refuse targets without a squared error, and parts that train what is frozen."""
         if learner.objective.by_probability:
             name = type(learner.objective).__name__
             raise ValueError(
@@ -107,11 +97,9 @@ class ICL(Strategy):
             self.projection = (drawn / width**0.5).to(learner.device)
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
-        """Experience 0 as it is with base "first", else nothing to train on."""
         return session if self.base == "first" and index == 0 else Session(None, 0.0)
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """Solve the head for the experience's training set."""
         triangle = None
         with evaluation(learner):
             for batch in experience.train.batches(torch.arange(len(experience.train)).split(self.batch_size)):
@@ -126,11 +114,11 @@ class ICL(Strategy):
             self._descend(triangle)
 
     def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
-        """The solution's answer, once there is one; a class that the head does not offer keeps the lowest value."""
         if self.solution is None:
             return logits
         answer = self._expand(features) @ self.solution
         answer = answer.to(torch.promote_types(logits.dtype, torch.float32))
+        # A class that the head does not offer keeps the lowest value.
         return answer.masked_fill(logits == torch.finfo(logits.dtype).min, torch.finfo(answer.dtype).min)
 
     def _expand(self, features: Tensor) -> Tensor:

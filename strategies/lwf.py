@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
@@ -17,12 +18,12 @@ from clplat.weights.teacher import Teacher, every_logit
 
 
 class LwF(Strategy):
-    """Adds strength * KL(teacher || student) at a temperature on the current inputs, over the classes known before:
+    """Distillation of the old net's answers on new inputs: strength * KL(teacher || student) over the classes known.
 
         - sum_k softmax(z' / T)_k log softmax(z / T)_k + const                                      (eq. 2 to 4)
 
-    with z' the logits of the net as it was before this experience. With a head per task the outputs of every earlier
-    task are distilled, and their terms are summed; else those of all classes met before, as one softmax, whatever
+    z' are the logits of the net as it was before this experience. With a head per task the outputs of every earlier
+    task are distilled, and their terms are summed. Else those of all classes met before are, as one softmax, whatever
     logit_mask keeps out of the objective.
 
     Deviation: the paper's factor 1 stays (no T^2, with which Hinton et al. keep gradients of one size). It warms up a
@@ -32,33 +33,25 @@ class LwF(Strategy):
         strength: lambda_o, one number, or one for each experience (the last one for all that follow); 0 is finetuning.
         temperature: T, above 0.
         replayed: True distils on replayed rows too, False on rows of the current experience only.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     needs = frozenset({"boundaries"})
     not_carried = "its teacher would see each segment from a fresh state, the learner from a carried one"
     claims = frozenset({"layers"})
+    known: Tensor  # [C] bool, classes met before this experience
 
     def __init__(self, strength: float | Sequence[float], temperature: float = 2.0, replayed: bool = True) -> None:
         super().__init__()
         strengths = [float(s) for s in strength] if isinstance(strength, Sequence) else [float(strength)]
         if not strengths or min(strengths) < 0:
-            raise ValueError(f"lwf.strength: got {strength}, it must be at least 0 (0 is finetuning).")
-        if not temperature > 0:
-            raise ValueError(f"lwf.temperature: got {temperature}, it must be above 0.")
+            raise ValueError(f"strength: got {strength}, it must be at least 0 (0 is finetuning).")
+        checks.above(0, temperature=temperature)
         self.strengths, self.temperature, self.replayed = strengths, temperature, replayed
         self.tasks: list[int] = []  # labels of the experiences learned
         self._strength = 0.0  # of the current experience
-        self.register_buffer("known", None)  # [C] bool, classes met before this experience
+        self.register_buffer("known", None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
-        """Make room for the teacher.
-
-        Raises:
-            ValueError: targets that are not classes.
-        """
         if not learner.objective.classes:
             name = type(learner.objective).__name__
             raise ValueError(f"lwf distils probabilities of classes, and {name} has none: use lfl.")
@@ -67,16 +60,13 @@ class LwF(Strategy):
         self.passes = 4 / 3 if max(self.strengths) > 0 else 1.0
 
     def enter(self, learner: Learner, experience: Experience) -> None:
-        """Choose the strength."""
         self._strength = self.strengths[min(experience.index, len(self.strengths) - 1)]
 
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
-        """The distillation term, once there is a teacher."""
         if self._strength == 0 or not self.teacher:
             return {}
         before, share = self.teacher(batch), self._share(learner, batch)
         if batch.task is None or not isinstance(learner.net.head, TaskHead):
-            assert isinstance(self.known, Tensor)
             new = every_logit(learner, batch, output)
             term = (self._divergence(new, before.logits, self.known) * share).sum()
         else:
@@ -91,7 +81,6 @@ class LwF(Strategy):
         return {"lwf": self._strength * term}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
-        """The net as it is becomes the teacher."""
         if max(self.strengths) == 0:
             return
         self.teacher.learn(learner.net)
@@ -100,15 +89,12 @@ class LwF(Strategy):
             self.tasks.append(experience.task_label)
 
     def stored_bytes(self) -> int:
-        """Bytes of the teacher."""
         return self.teacher.stored_bytes() if max(self.strengths) > 0 else 0
 
     def get_extra_state(self) -> dict[str, list[int]]:
-        """The tasks learned."""
         return {"tasks": list(self.tasks)}
 
     def set_extra_state(self, state: dict[str, list[int]]) -> None:
-        """Take what `get_extra_state` gave."""
         self.tasks = list(state["tasks"])
 
     def _divergence(self, new: Tensor, old: Tensor, offered: Tensor) -> Tensor:
@@ -121,7 +107,7 @@ class LwF(Strategy):
         ).sum(-1)
 
     def _share(self, learner: Learner, batch: Batch) -> Tensor:
-        """The weight of each row [B] or of each step [B, T], summing to 1 over what is distilled."""
+        """Weight of each row [B] or of each step [B, T], summing to 1 over what is distilled."""
         scored = learner.objective.scored(batch)
         if not learner.objective.per_step:
             share = torch.ones_like(batch.y, dtype=torch.float32)

@@ -33,6 +33,7 @@ def experience(index: int, classes: tuple[int, ...], counts: tuple[int, ...]) ->
 
 
 PARTS = (experience(0, (0, 2), (9, 16)), experience(1, (1,), (20,)), experience(2, (0, 3), (4, 10)))
+STREAM = Stream("tiny", PARTS, "class_incremental", "class", C, features=4, steps=3)
 
 
 def learner(strategy: Strategy | None, head: object = None, **options: str) -> Learner:
@@ -131,8 +132,8 @@ def test_what_it_cannot_do_is_refused_before_training() -> None:
         return TaskHead(features, C, [(0, 2), (1,), (3, 4)])
 
     with pytest.raises(ValueError, match=r"set learner\.head=shared"):
-        CWRStar().wrap(learner(None, heads))
+        CWRStar().setup(learner(None, heads), STREAM)
     with pytest.raises(ValueError, match="set it to fresh"):
-        CWRStar().wrap(learner(None, optimizer_state="kept"))
-    with pytest.raises(ValueError, match="allowed are 'consolidate' and 'shared'"):
+        CWRStar().setup(learner(None, optimizer_state="kept"), STREAM)
+    with pytest.raises(ValueError, match="allowed are 'consolidate', 'shared'"):
         CWRStar("none")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head
@@ -22,7 +23,7 @@ from clplat.strategies.distillation import Distillation, weight_of_classes, weig
 from clplat.strategies.icarl import ICaRL
 from clplat.strategies.lwf import LwF
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
@@ -37,7 +38,7 @@ def shaken(learner: Learner, scale: float = 0.3) -> None:
 def begun(tiny: Any, strategy: Strategy, stream: Stream, index: int = 1) -> Learner:
     """A learner that has ended experience `index - 1` and begun the next, with weights that have moved since."""
     learner = tiny.learner(strategy, stream)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     for k in range(index):
         learner.begin(stream[k])
         shaken(learner)
@@ -106,7 +107,7 @@ def test_lwf_with_task_labels_and_one_head_for_all_counts_every_class_once(tiny:
     for stream in (told, replace(told, experiences=untold.experiences)):
         strategy = LwF(strength=1.0)
         learner = tiny.learner(strategy, untold)  # a shared head
-        strategy.wrap(learner)
+        strategy.setup(learner, stream)
         for k in range(2):
             learner.begin(stream[k])
             learner.end(stream[k])
@@ -127,7 +128,7 @@ def test_classes_kept_out_of_the_loss_are_distilled(tiny: Any, kind: Any) -> Non
     for mask in ("all", "experience"):
         strategy = kind(**{LwF: {"strength": 1.0}, Distillation: {"feature": "none"}, ICaRL: {"capacity": 12}}[kind])
         learner = tiny.learner(strategy, stream, logit_mask=mask)
-        strategy.wrap(learner)
+        strategy.setup(learner, stream)
         learner.begin(stream[0])
         learner.end(stream[0])
         learner.begin(stream[1])
@@ -155,7 +156,7 @@ def test_lwf_is_nothing_at_the_teacher_and_before_it(tiny: Any) -> None:
     assert float(strategy.loss(learner, batch, learner(batch))["lwf"]) == pytest.approx(0, abs=1e-6)
     fresh = LwF(strength=1.0)
     other = tiny.learner(fresh, stream)
-    fresh.wrap(other)
+    fresh.setup(other, stream)
     other.begin(stream[0])
     assert fresh.loss(other, batch, other(batch)) == {}
 
@@ -179,7 +180,7 @@ def test_lwf_takes_one_strength_an_experience_and_may_leave_replayed_rows(tiny: 
 def test_lwf_of_tags_leaves_replayed_rows_and_unscored_steps(tiny: Any) -> None:
     strategy = LwF(strength=1.0, replayed=False)
     learner, batch = tagged(strategy)
-    strategy.wrap(learner)
+    strategy.setup(learner, tiny.stream())
     data = TensorData(batch.x, batch.y)
     experience = Experience(0, "0", (), train=data, test=data)
     learner.begin(experience)
@@ -212,7 +213,7 @@ def test_a_centre_moves_half_way_by_rate_for_one_example(tiny: Any) -> None:
     """One row, rate a: the centre moves a / 2 of the offset; absent classes stay."""
     strategy = CenterLoss(strength=1.0, rate=0.4)
     learner = tiny.learner(strategy)
-    strategy.wrap(learner)
+    strategy.setup(learner, tiny.stream())
     strategy.centers = torch.randn(6, 7)
     before = strategy.centers.clone()
     batch = Batch(torch.randn(1, 5), torch.tensor([3]))
@@ -228,7 +229,7 @@ def test_a_centre_moves_half_way_by_rate_for_one_example(tiny: Any) -> None:
 def test_steps_that_are_not_scored_move_no_centre(tiny: Any) -> None:
     strategy = CenterLoss(strength=1.0, rate=0.5)
     learner, batch = tagged(strategy)
-    strategy.wrap(learner)
+    strategy.setup(learner, tiny.stream())
     assert isinstance(strategy.centers, Tensor)
     output = learner(batch)
     y, features = batch.y[:, :3].flatten(), output.features[:, :3].flatten(0, 1).detach()
@@ -245,7 +246,7 @@ def test_centres_become_class_means_on_features_that_stay(tiny: Any) -> None:
     strategy = CenterLoss(strength=1.0)
     stream = tiny.stream(experiences=1)
     learner = tiny.learner(strategy, stream)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     learner.begin(stream[0])
     batch = stream[0].train.batch(torch.arange(40))
     output = learner(batch)
@@ -303,7 +304,7 @@ def test_distillation_weights() -> None:
 def test_distillation_by_hand(tiny: Any, feature: str, prediction: str, mean: str) -> None:
     strategy, stream = Distillation(feature, prediction, temperature=1.5, mean=mean), tiny.stream()
     if feature == prediction == "none":
-        assert not strategy.replaces_objective
+        assert "objective" not in strategy.claims
         return
     batch = replace(stream[1].train.batch(torch.arange(9)), source=torch.tensor([0] * 5 + [1] * 4, dtype=torch.uint8))
     learner, old, old_features = old_and_new(tiny, strategy, stream, batch)
@@ -317,10 +318,15 @@ def test_distillation_by_hand(tiny: Any, feature: str, prediction: str, mean: st
         right = (1 - a) * ce + a * apart
     if prediction != "none":
         rows = which[prediction]
-        kl = 1.5**2 * F.kl_div(
-            (output.logits[rows, :2] / 1.5).log_softmax(-1),
-            (old[rows, :2] / 1.5).softmax(-1),
-            reduction="mean" if mean == "rows_and_classes" else "batchmean",
+        share = 2 if mean == "rows_and_classes" else 1  # two classes
+        kl = (
+            1.5**2
+            / share
+            * F.kl_div(
+                (output.logits[rows, :2] / 1.5).log_softmax(-1),
+                (old[rows, :2] / 1.5).softmax(-1),
+                reduction="batchmean",
+            )
         )
         weight = b if prediction == "all" else a
         right = right + weight * kl if feature != "none" else (1 - weight) * ce + weight * kl
@@ -348,16 +354,16 @@ def test_distillation_works_with_replay(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (LwF, {"strength": -1.0}, "lwf.strength: got -1"),
-        (LwF, {"strength": []}, "lwf.strength"),
-        (LwF, {"strength": 1.0, "temperature": 0.0}, "lwf.temperature: got 0"),
-        (CenterLoss, {"strength": -1.0}, "center_loss.strength: got -1"),
-        (CenterLoss, {"strength": 1.0, "mode": "x"}, "allowed are 'centers' and 'features'"),
-        (CenterLoss, {"strength": 1.0, "rate": 2.0}, "center_loss.rate: got 2"),
-        (CenterLoss, {"strength": 1.0, "centers_after": "x"}, "allowed are 'frozen' and 'moving'"),
-        (Distillation, {"feature": "x"}, "distillation.feature: got 'x'"),
-        (Distillation, {"temperature": 0.0}, "distillation.temperature: got 0"),
-        (Distillation, {"mean": "x"}, "allowed are 'rows' and 'rows_and_classes'"),
+        (LwF, {"strength": -1.0}, "^strength: got -1"),
+        (LwF, {"strength": []}, "^strength: got"),
+        (LwF, {"strength": 1.0, "temperature": 0.0}, "^temperature: got 0"),
+        (CenterLoss, {"strength": -1.0}, "^strength: got -1"),
+        (CenterLoss, {"strength": 1.0, "mode": "x"}, "allowed are 'centers', 'features'"),
+        (CenterLoss, {"strength": 1.0, "rate": 2.0}, "^rate: got 2"),
+        (CenterLoss, {"strength": 1.0, "centers_after": "x"}, "allowed are 'frozen', 'moving'"),
+        (Distillation, {"feature": "x"}, "^feature: got 'x'"),
+        (Distillation, {"temperature": 0.0}, "^temperature: got 0"),
+        (Distillation, {"mean": "x"}, "allowed are 'rows', 'rows_and_classes'"),
     ],
 )
 def test_wrong_options_are_refused(kind: Any, options: dict[str, Any], message: str) -> None:

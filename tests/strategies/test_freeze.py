@@ -146,7 +146,7 @@ def test_a_call_of_train_in_between_does_not_thaw_the_statistics() -> None:
     made = learner(normed(), Freeze(blocks=1))
     made.enter(stream()[1])
     made.train()
-    made.strategy.batch(made, stream()[1].train.batch(torch.arange(8)))
+    made.strategy.before_step(made, stream()[1].train.batch(torch.arange(8)))
     assert [block.training for block in made.net.blocks] == [False, True, True]
     assert not made.net.embedding.training
     made.enter(stream()[1])  # twice is once
@@ -154,13 +154,13 @@ def test_a_call_of_train_in_between_does_not_thaw_the_statistics() -> None:
 
 
 def test_what_cannot_be_frozen_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"freeze.blocks: got 4, this net has 3: set it to 0..3"):
-        Freeze(blocks=4).wrap(learner(normed(), None))
-    with pytest.raises(ValueError, match=r"set learner.optimizer_state=fresh"):
-        Freeze().wrap(learner(normed(), None, optimizer_state="kept"))
-    with pytest.raises(ValueError, match=r"freeze.blocks: got -1, it must be at least 0"):
+    with pytest.raises(ValueError, match=r"^blocks: got 4, it must lie in 0\.\.3"):
+        Freeze(blocks=4).setup(learner(normed(), None), stream())
+    with pytest.raises(ValueError, match=r"^learner\.optimizer_state: got 'kept'.* set it to fresh"):
+        Freeze().setup(learner(normed(), None, optimizer_state="kept"), stream())
+    with pytest.raises(ValueError, match=r"^blocks: got -1, it must be at least 0"):
         Freeze(blocks=-1)
-    with pytest.raises(ValueError, match=r"freeze.start: got -1"):
+    with pytest.raises(ValueError, match=r"^start: got -1"):
         Freeze(start=-1)
 
 

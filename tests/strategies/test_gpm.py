@@ -32,6 +32,9 @@ from clplat.weights.subspace import collect, extended, without
 SGD, ADAM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1)
 
 
+ANY = Stream("any", (), "domain_incremental", "class", 1)  # GPM does not read it
+
+
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -204,7 +207,7 @@ def linear(tasks: list[tuple[Tensor, Tensor]], strategy: Any, steps: int = 1500)
     weight = made.net.head.linear.weight
     with torch.no_grad():
         weight.zero_()
-    strategy.wrap(made)
+    strategy.setup(made, ANY)
     for k, (x, y) in enumerate(tasks):
         data = TensorData(x, y)
         batch = data.batch(torch.arange(len(x)))
@@ -241,7 +244,7 @@ def test_padding_is_no_input(mixer: Callable) -> None:
         recurrent(Inputs(features=4), partial(Head, outputs=2), mixer=mixer, hidden=20), objective_for("class")
     ).double()
     strategy = GPM(energy=1.0)
-    strategy.wrap(made)
+    strategy.setup(made, ANY)
     with torch.no_grad():
         strategy.after_experience(made, Experience(0, "0", (0, 1), train=ragged, test=ragged))
         inputs, hidden = (strategy.get_buffer(f"basis_blocks__0__mixer__rnn__weight_{n}_l0") for n in ("ih", "hh"))
@@ -257,7 +260,7 @@ def test_embedding_rows_of_old_tokens_stay(trainer: Callable) -> None:
     before = run.learner.net.get_parameter("embedding.weight").detach().clone()
     run.go()
     after = run.learner.net.get_parameter("embedding.weight").detach()
-    held = run.learner.get_buffer("strategy.basis_embedding__weight")
+    held = run.learner.get_buffer("strategy.parts.gpm.basis_embedding__weight")
     assert held.tolist() == [True] * 2 + [False] + [True] * 2 + [False] * 4
     one = start(trainer, "tokens", GPM(energy=0.5), ADAM, 1)
     one.go()
@@ -269,13 +272,13 @@ def test_heads_of_single_tasks_are_free_and_shared_ones_are_not() -> None:
     for head, projected in ((partial(Head, outputs=6), True), (_task_head, False)):
         made = Learner(mlp(Inputs(features=4, length=0), head, hidden=[5]), objective_for("class"))
         strategy = GPM(energy=0.9)
-        strategy.wrap(made)
+        strategy.setup(made, ANY)
         data = TensorData(draw(8, 4).float(), torch.zeros(8, dtype=torch.int64), task=0)
         with torch.no_grad():
             strategy.after_experience(made, Experience(0, "0", (0, 1), train=data, test=data, task_label=0))
         assert (strategy.get_buffer("basis_head__linear__weight") is not None) == projected
         strategy = GPM(energy=0.9, head="free")
-        strategy.wrap(made)
+        strategy.setup(made, ANY)
         with torch.no_grad():
             strategy.after_experience(made, Experience(0, "0", (0, 1), train=data, test=data, task_label=0))
         assert strategy.get_buffer("basis_head__linear__weight") is None
@@ -289,7 +292,7 @@ def test_the_threshold_grows_with_the_experiences() -> None:
     made = Learner(mlp(Inputs(features=12, length=0), partial(Head, outputs=6), hidden=[]), objective_for("class"))
     fixed, growing = GPM(energy=0.6, energy_growth=0.0), GPM(energy=0.6, energy_growth=0.4)
     for strategy in (fixed, growing):
-        strategy.wrap(made)
+        strategy.setup(made, ANY)
         for k in range(2):
             data = TensorData(draw(50, 12, seed=k).float(), torch.zeros(50, dtype=torch.int64))
             with torch.no_grad():
@@ -301,8 +304,8 @@ def test_the_threshold_grows_with_the_experiences() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": 1.1}, "gpm.energy: got 1.1, it must lie in 0..1"),
-        ({"energy_growth": -0.1}, "gpm.energy_growth"),
+        ({"energy": 1.1}, "^energy: got 1.1, it must lie in 0..1"),
+        ({"energy_growth": -0.1}, "^energy_growth: got -0.1"),
         ({"apply_to": "step"}, "allowed are 'update', 'gradient'"),
         ({"head": "shared"}, "allowed are 'auto', 'project', 'free'"),
         ({"others": "project"}, "allowed are 'freeze', 'free'"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.gru import GRU
 from clplat.learners.nets.heads import GrowingHead, Head
@@ -20,7 +21,6 @@ from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.icl import ICL
-from clplat.strategy import Composite
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
@@ -70,7 +70,7 @@ def test_null_space_is_the_joint_minimum_norm_solution_and_forgets_nothing(train
     assert float((x @ got - y).abs().max()) < 1e-12
     assert float(run.results.R.tril().max()) < 1e-20  # no training loss after its experience, whatever follows
     assert float(run.results.R[0, 1]) > 1
-    rest = run.learner.get_buffer("strategy.rest")
+    rest = run.learner.get_buffer("strategy.parts.icl.rest")
     assert rest.shape == (P, P - K * N)
     assert float((x @ rest).abs().max()) < 1e-12
 
@@ -139,8 +139,8 @@ def test_a_larger_tolerance_keeps_room(trainer: Callable) -> None:
     x[-1] = x[0] + 1e-4 * x[-1]  # a direction that hardly matters
     _, exact = solved(trainer, [(x, draw(N, 2))], mode="null_space")
     _, truncated = solved(trainer, [(x, draw(N, 2))], mode="null_space", tolerance=1e-3)
-    assert exact.learner.get_buffer("strategy.rest").shape[1] == P - N
-    assert truncated.learner.get_buffer("strategy.rest").shape[1] == P - N + 1
+    assert exact.learner.get_buffer("strategy.parts.icl.rest").shape[1] == P - N
+    assert truncated.learner.get_buffer("strategy.parts.icl.rest").shape[1] == P - N + 1
 
 
 def classes(per_step: bool = False) -> Stream:
@@ -220,11 +220,11 @@ def test_a_class_that_the_head_does_not_offer_is_never_answered(trainer: Callabl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "qr"}, "got 'qr', allowed are 'null_space' and 'recursive_least_squares'"),
-        ({"base": "last"}, "allowed are 'first' and 'initial'"),
-        ({"random_features": 0}, "at least 1, or null"),
+        ({"mode": "qr"}, "got 'qr', allowed are 'null_space', 'recursive_least_squares'"),
+        ({"base": "last"}, "allowed are 'first', 'initial'"),
+        ({"random_features": 0}, "random_features: got 0, it must be at least 1"),
         ({"ridge": 0.0}, "must be above 0"),
-        ({"tolerance": 1.0}, "less than 1"),
+        ({"tolerance": 1.0}, "below 1"),
         ({"batch_size": 0}, "at least 1"),
     ],
 )
@@ -236,7 +236,6 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_what_it_cannot_do_is_refused_before_training() -> None:
     net = mlp(Inputs(features=4, length=0), partial(Head, outputs=6), hidden=[])
     with pytest.raises(ValueError, match="no probability of tokens"):
-        ICL().wrap(Learner(net, objective_for("token"), ICL()))
-    both = Composite({"icl": ICL(), "cumulative": Cumulative()})
-    with pytest.raises(ValueError, match="cannot be combined with cumulative"):
-        both.wrap(Learner(net, objective_for("class"), both))
+        ICL().setup(Learner(net, objective_for("token")), classes())
+    with pytest.raises(ValueError, match="icl and cumulative cannot be used both: each chooses what an experience"):
+        Composite({"icl": ICL(), "cumulative": Cumulative()})
