@@ -66,11 +66,8 @@ class RecurrentHypernetwork(GeneratedWeights):
         checks.above(0, embedding_std=embedding_std, code_std=code_std)
         checks.at_least(0, "0: it does not grow", grow=grow)
         super().__init__(
-            "recurrent_hypernetwork",
             TaskEmbeddings(embedding, embedding_std, seed),
-            OutputRegularizer(
-                "recurrent_hypernetwork", beta, beta_state, lookahead, subset, targets, stable_seed(seed, "subset")
-            ),
+            OutputRegularizer(beta, beta_state, lookahead, subset, targets, stable_seed(seed, "subset")),
         )
         self.hidden, self.embedding, self.embedding_std, self.chunk = hidden, embedding, embedding_std, chunk
         self.code, self.code_std, self.grow, self.seed = code, code_std, grow, seed

@@ -74,6 +74,7 @@ class RelevanceMaps(Strategy):
         self._due: frozenset[int] | None = None  # numbers of the steps after which weights are pruned
 
     def setup(self, learner: Learner, stream: Stream) -> None:
+        check_answer(learner, stream)
         learner.net = MaskedNet(learner.net, self.tasks, self.sharpness)
 
     def enter(self, learner: Learner, experience: Experience) -> None:
@@ -83,7 +84,6 @@ class RelevanceMaps(Strategy):
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         """A new map, and nothing pruned for it yet."""
-        check_answer("relevance_maps", learner, experience)
         random = torch.Generator().manual_seed(stable_seed(self.seed, "relevance map", experience.index))
         net, self._done = _net(learner), 0
         net.begin(label_of(experience), random)

@@ -1,4 +1,4 @@
-"""Holds what a hypernetwork generates for learned tasks (von Oswald et al. 2020, arXiv 1906.00695, eq. 2)."""
+"""Penalty on changes of what a hypernetwork generates for learned tasks (von Oswald et al. 2020, 1906.00695, eq. 2)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from clplat import checks
 from clplat.per_task.generated import GeneratedNet
 from clplat.state import StateModule
 from clplat.weights import functional
@@ -18,7 +19,7 @@ TARGETS = ("weights", "outputs")
 
 
 class OutputRegularizer(StateModule):
-    """Adds to the gradients those of a penalty on changes of the weights generated for the t - 1 tasks learned:
+    """Gradients of a penalty on changes of the weights generated for the t - 1 tasks learned:
 
         beta / (t - 1) * sum_{j<t} || h(e_j, Theta*) - h(e_j, Theta + dTheta) ||^2
 
@@ -27,7 +28,6 @@ class OutputRegularizer(StateModule):
     done, times `beta_state`, for its hidden states. Rows of a head per task count for their own task only.
 
     Args:
-        name: of the strategy, for messages.
         beta: strength on weights; 0: none.
         beta_state: strength on hidden states; 0: none.
         lookahead: False sets dTheta to 0.
@@ -35,9 +35,6 @@ class OutputRegularizer(StateModule):
         targets: what is kept of the past: "weights" (Theta*, from which the targets are generated again when
             needed) or "outputs" (the targets: t - 1 sets of target weights).
         seed: of the draws.
-
-    Raises:
-        ValueError: an option that is not allowed.
     """
 
     theta: Tensor | None
@@ -46,7 +43,6 @@ class OutputRegularizer(StateModule):
 
     def __init__(
         self,
-        name: str,
         beta: float,
         beta_state: float = 0.0,
         lookahead: bool = True,
@@ -55,13 +51,9 @@ class OutputRegularizer(StateModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for option, value in (("beta", beta), ("beta_state", beta_state)):
-            if value < 0:
-                raise ValueError(f"{name}.{option}: got {value}, it must be at least 0 (0 is no regularisation).")
-        if subset is not None and subset < 1:
-            raise ValueError(f"{name}.subset: got {subset}, it must be at least 1, or null for all learned tasks.")
-        if targets not in TARGETS:
-            raise ValueError(f"{name}.targets: got {targets!r}, allowed are {' and '.join(map(repr, TARGETS))}.")
+        checks.at_least(0, "0 is no regularisation", beta=beta, beta_state=beta_state)
+        checks.at_least(1, "null for all learned tasks", subset=subset)
+        checks.one_of("targets", targets, TARGETS)
         self.beta, self.beta_state, self.lookahead, self.subset = beta, beta_state, lookahead, subset
         self.targets = targets
         for buffer in ("theta", "outputs", "states"):
@@ -124,11 +116,9 @@ class OutputRegularizer(StateModule):
         return functional.call(net.generator, old, embeddings)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The state of the draws."""
         return {"random": self._random.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take what `get_extra_state` gave."""
         self._random.set_state(state["random"].cpu())
 
 
@@ -137,7 +127,7 @@ def _embeddings(net: GeneratedNet, labels: list[int]) -> Tensor:
 
 
 def orthogonality(weights: dict[str, Tensor]) -> Tensor:
-    """The sum of || U^T U - I ||_F^2 over recurrent matrices U [H, H] (each gate's on its own); Ehret et al. 2021.
+    """Sum of || U^T U - I ||_F^2 over recurrent matrices U [H, H] (each gate's on its own); Ehret et al. 2021.
 
     Args:
         weights: of a net, by name; recurrent matrices are those whose last name begins with "weight_hh".
