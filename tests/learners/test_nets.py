@@ -29,7 +29,8 @@ from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
-from clplat.learners.nets.transformer import residual, transformer
+from clplat.learners.nets.residual import residual
+from clplat.learners.nets.transformer import transformer
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.inputs import Inputs

@@ -26,7 +26,7 @@ from clplat.learners.nets.awd import AWDNet, awd
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
-from clplat.learners.nets.transformer import residual
+from clplat.learners.nets.residual import residual
 from clplat.learners.objectives import objective_for
 from clplat.learners.optimizers import NTASGD
 from clplat.lightning import pl

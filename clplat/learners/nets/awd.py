@@ -1,4 +1,4 @@
-"""The AWD-LSTM's net (Merity, Keskar & Socher 2018, arXiv 1708.02182): recurrent layers under every dropout there is.
+"""Net of the AWD-LSTM (Merity, Keskar & Socher 2018, arXiv 1708.02182): recurrent layers with every kind of dropout.
 
 Letters: B batch, T time, D input features, E embedding width, H hidden.
 """
@@ -10,26 +10,94 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.learners.mixers.dropout import DroppedEmbedding, LockedDropout
 from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Net, Output, State, check_sizes
-from clplat.learners.nets.recurrent import RecurrentBlock
+from clplat.learners.nets.net import Block, Net, Output, State
+from clplat.learners.nets.recurrent import MixerBlock
 from clplat.streams.experience import Batch
 from clplat.streams.inputs import Inputs
 
 
-class LockedBlock(RecurrentBlock):
-    """A mixer and, after it, dropout with one mask a sequence.
+def awd(
+    inputs: Inputs,
+    head: Callable[[int], Head],
+    *,
+    mixer: Callable[[int, int], Mixer],
+    hidden: int = 1150,
+    layers: int = 3,
+    embedding: int = 400,
+    embedding_dropout: float = 0.1,
+    input_dropout: float = 0.4,
+    dropout: float = 0.3,
+    output_dropout: float = 0.4,
+    activation: float = 2.0,
+    temporal_activation: float = 1.0,
+    tied: bool = False,
+    pooling: str = "last",
+) -> Net:
+    """Net of the AWD-LSTM; its other parts are `weight_drop` of the mixer and the optimiser `NTASGD`.
+
+    The paper's batches of variable length, with a learning rate that follows their length, belong to a stream and are
+    not here. Embeddings start uniform in -0.1..0.1 (section 5). All dropout masks but those of single weights
+    stay the same over time.
 
     Args:
-        mixer: maps [B, T, D] to [B, T, H].
-        dropout: the fraction of its outputs set to zero in training.
-    """
+        inputs: what the stream gives.
+        head: makes the head for a feature width.
+        mixer: makes a layer from its input width and its hidden width: `LSTM` with weight_drop=0.5 in the paper.
+        hidden: H of every layer, the paper's 1150; with `tied` the last layer's is E.
+        layers: number of layers.
+        embedding: E of tokens. Not read for float inputs.
+        embedding_dropout: the fraction of the vocabulary dropped. Not read for float inputs.
+        input_dropout: of the first layer's inputs.
+        dropout: between layers.
+        output_dropout: of the last layer's outputs.
+        activation: alpha, see `AWDNet`.
+        temporal_activation: beta, see `AWDNet`.
+        tied: True makes the head's weights those of the embedding (Inan et al. 2017; Press & Wolf 2017), as in the
+            paper: for streams whose classes are the tokens (text; its mark of a start, which is never an answer,
+            keeps an embedding of its own).
+        pooling: "last" or "mean", see `Net`.
 
-    def __init__(self, mixer: Mixer, dropout: float) -> None:
-        super().__init__(mixer)
-        self.dropout = LockedDropout(dropout)
+    Raises:
+        ValueError: inputs without a time axis; `tied` where classes are not the tokens, or a task has a head of its own.
+    """
+    inputs.need_time("An AWD net")
+    checks.at_least(1, hidden=hidden, layers=layers, embedding=embedding)
+    checks.at_least(0, activation=activation, temporal_activation=temporal_activation)
+    if tied and inputs.vocabulary is None:
+        raise ValueError("tied: got true on float inputs, which have no embedding: set tied=false.")
+    tied_head = head(embedding) if tied else None
+    tokens, embed, width = None, LockedDropout(input_dropout), inputs.features
+    if inputs.vocabulary is not None:
+        marks = int(tied_head is not None and tied_head.outputs == inputs.vocabulary - 1)
+        tokens, width = DroppedEmbedding(inputs.vocabulary - marks, embedding, embedding_dropout, marks), embedding
+        for weight in tokens.parameters():
+            nn.init.uniform_(weight, -0.1, 0.1)
+        embed = nn.Sequential(tokens, embed)
+    assert width is not None  # features or vocabulary, by Inputs
+    blocks: list[Block] = []
+    for layer in range(layers):
+        last = layer == layers - 1
+        made = mixer(width, embedding if tied and last else hidden)
+        blocks.append(MixerBlock(made, None if last else LockedDropout(dropout)))
+        width = made.width
+    blocks.append(OutputDropout(output_dropout))
+    answers = head(width) if tied_head is None else tied_head
+    if tied_head is not None and tokens is not None:
+        _tie(tied_head, tokens)
+    return AWDNet(embed, blocks, answers, inputs.per_step, pooling, activation, temporal_activation)
+
+
+def _tie(head: Head, tokens: DroppedEmbedding) -> None:
+    if head.linear.weight.shape != tokens.weight.shape:
+        raise ValueError(
+            f"tied: got true with a head {[*head.linear.weight.shape]} and an embedding {[*tokens.weight.shape]}; "
+            "classes must be the tokens, and shared by all tasks: set tied=false."
+        )
+    head.linear.weight = tokens.weight
 
 
 class OutputDropout(Block):
@@ -44,14 +112,13 @@ class OutputDropout(Block):
         self.drop = LockedDropout(dropout)
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """The sequence [B, T, H] under the mask; there is no state."""
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         return self.drop(hidden), None
 
 
 class AWDNet(Net):
-    """A net whose last hidden sequence is kept small and slow (section 4.6; Merity, McCann & Socher 2017).
+    """Net with penalties on size and change of its last hidden sequence (section 4.6; Merity, McCann & Socher 2017).
 
         activation             alpha * mean of (m * h_t)^2
         temporal_activation    beta * mean of (h_t - h_{t+1})^2
@@ -66,7 +133,7 @@ class AWDNet(Net):
         blocks: in order; the last one is dropout on h.
         head: maps features to logits.
         per_step: as for `Net`.
-        readout: as for `Net`.
+        pooling: as for `Net`.
         activation: alpha.
         temporal_activation: beta.
     """
@@ -77,15 +144,14 @@ class AWDNet(Net):
         blocks: Sequence[Block],
         head: Head,
         per_step: bool,
-        readout: str,
+        pooling: str,
         activation: float,
         temporal_activation: float,
     ) -> None:
-        super().__init__(embedding, blocks, head, per_step, readout)
+        super().__init__(embedding, blocks, head, per_step, pooling)
         self.activation, self.temporal_activation = activation, temporal_activation
 
-    def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
-        """As for `Net.forward`, with the penalties in training mode."""
+    def forward(self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None) -> Output:
         return self.upper(self.embedding(batch.x), 0, batch, state, reset)
 
     def upper(
@@ -93,12 +159,11 @@ class AWDNet(Net):
         hidden: Tensor,
         cut: int,
         batch: Batch,
-        state: Sequence[State] | None = None,
+        state: Sequence[State | None] | None = None,
         reset: Tensor | None = None,
     ) -> Output:
-        """As for `Net.upper`; above the last recurrent layer there are no activations to penalise."""
         last = len(self.blocks) - 1
-        if cut > last:
+        if cut > last:  # above the last recurrent layer there are no activations to penalise
             return super().upper(hidden, cut, batch, state, reset)
         reset = batch.reset if reset is None else reset
         raw, new = self._through(hidden, cut, last, state, reset, batch.lengths)
@@ -124,90 +189,7 @@ class AWDNet(Net):
 
 
 def _mean_square(x: Tensor, valid: Tensor) -> Tensor:
-    """Over the features of the valid steps; 0 where there is none."""
+    """Mean of x^2 over the features of the valid steps; 0 where there is none."""
     # Chosen, not multiplied by 0: on padding there may be anything.
     squares = x.square().masked_fill(~valid[..., None], 0)
     return squares.sum() / (valid.sum() * x.shape[-1]).clamp(min=1)
-
-
-def awd(
-    inputs: Inputs,
-    head: Callable[[int], Head],
-    *,
-    mixer: Callable[[int, int], Mixer],
-    hidden: int = 1150,
-    layers: int = 3,
-    embedding: int = 400,
-    embedding_dropout: float = 0.1,
-    input_dropout: float = 0.4,
-    dropout: float = 0.3,
-    output_dropout: float = 0.4,
-    activation: float = 2.0,
-    temporal_activation: float = 1.0,
-    tied: bool = False,
-    readout: str = "last",
-) -> Net:
-    """The net of the AWD-LSTM; its other parts are `weight_drop` of the mixer and the optimiser `NTASGD`.
-
-    The paper's batches of variable length, with a learning rate that follows their length, belong to a stream and are
-    not here. Embeddings start uniform in -0.1..0.1 (section 5). All dropout masks but those of single weights
-    stay the same over time.
-
-    Args:
-        inputs: what the stream gives.
-        head: makes the head for a feature width.
-        mixer: makes a layer from its input width and its hidden width: `LSTM` with weight_drop=0.5 in the paper.
-        hidden: H of every layer, the paper's 1150; with `tied` the last layer's is E.
-        layers: number of layers.
-        embedding: E of tokens. Not read for float inputs.
-        embedding_dropout: the fraction of the vocabulary dropped. Not read for float inputs.
-        input_dropout: of the first layer's inputs.
-        dropout: between layers.
-        output_dropout: of the last layer's outputs.
-        activation: alpha, see `AWDNet`.
-        temporal_activation: beta, see `AWDNet`.
-        tied: True makes the head's weights those of the embedding (Inan et al. 2017; Press & Wolf 2017), as in the
-            paper: for streams whose classes are the tokens (text; its mark of a start, which is never an answer,
-            keeps an embedding of its own).
-        readout: "last" or "mean", see `Net`.
-
-    Raises:
-        ValueError: inputs without a time axis; a size below 1; a fraction outside 0..1; a negative penalty; `tied` where
-            classes are not the tokens, or a task has a head of its own; an unknown readout.
-    """
-    inputs.need_time("An AWD net")
-    check_sizes(hidden=hidden, layers=layers, embedding=embedding)
-    if not (activation >= 0 and temporal_activation >= 0):
-        raise ValueError(
-            f"AWD net: got activation={activation}, temporal_activation={temporal_activation}; both must be at least 0."
-        )
-    if tied and inputs.vocabulary is None:
-        raise ValueError("tied: got true on float inputs, which have no embedding: set tied=false.")
-    shared = head(embedding) if tied else None
-    tokens: DroppedEmbedding | None = None
-    embed: nn.Module = LockedDropout(input_dropout)
-    if inputs.vocabulary is None:
-        assert inputs.features is not None  # one of the two, by Inputs
-        width = inputs.features
-    else:
-        marks = int(shared is not None and shared.outputs == inputs.vocabulary - 1)
-        tokens, width = DroppedEmbedding(inputs.vocabulary - marks, embedding, embedding_dropout, marks), embedding
-        for weight in tokens.parameters():
-            nn.init.uniform_(weight, -0.1, 0.1)
-        embed = nn.Sequential(tokens, embed)
-    blocks: list[Block] = []
-    for layer in range(layers):
-        last = layer == layers - 1
-        made = mixer(width, embedding if tied and last else hidden)
-        blocks.append(RecurrentBlock(made) if last else LockedBlock(made, dropout))
-        width = made.width
-    answers = head(width) if shared is None else shared
-    if tied and tokens is not None:
-        if answers.linear.weight.shape != tokens.weight.shape:
-            raise ValueError(
-                f"tied: got true with a head {[*answers.linear.weight.shape]} and an embedding "
-                f"{[*tokens.weight.shape]}; classes must be the tokens, and shared by all tasks: set tied=false."
-            )
-        answers.linear.weight = tokens.weight
-    blocks.append(OutputDropout(output_dropout))
-    return AWDNet(embed, blocks, answers, inputs.per_step, readout, activation, temporal_activation)

@@ -8,13 +8,14 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.nets.heads import Head
-from clplat.learners.nets.net import Block, Net, State, check_sizes
+from clplat.learners.nets.net import Block, Net, State, dropout_of
 from clplat.streams.inputs import Inputs
 
 
 class Flatten(nn.Module):
-    """[B, T, D] or [B, D] to [B, T * D], token ids [B, T] through an embedding first.
+    """Inputs [B, T, D] or [B, D] as [B, T * D]; token ids [B, T] go through an embedding first.
 
     Args:
         width: T * D.
@@ -26,11 +27,7 @@ class Flatten(nn.Module):
         self.width, self.embedding = width, embedding
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width].
-
-        Raises:
-            ValueError: a row has not `width` values.
-        """
+        """Flat inputs [B, width]; rows with another number of values are refused."""
         flat = (x if self.embedding is None else self.embedding(x)).flatten(1)
         if flat.shape[1] != self.width:
             raise ValueError(
@@ -41,7 +38,7 @@ class Flatten(nn.Module):
 
 
 class DenseBlock(Block):
-    """A linear layer, ReLU and dropout, [B, D] to [B, H].
+    """A linear layer, ReLU and dropout, [B, D] to [B, H]; it refuses lengths and resets.
 
     Args:
         features: D.
@@ -52,23 +49,17 @@ class DenseBlock(Block):
     def __init__(self, features: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.linear = nn.Linear(features, hidden)
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = dropout_of(dropout)
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """The layer's output [B, H]; there is no state.
-
-        Raises:
-            ValueError: given a reset or lengths, which a flattened sequence cannot respect.
-        """
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         if lengths is not None or reset is not None:
             raise ValueError(
                 f"An MLP reads whole sequences of one length, got {'lengths' if reset is None else 'reset'}: "
                 "use learner=lstm, gru, elman or transformer."
             )
-        hidden = F.relu(self.linear(hidden))
-        return (hidden if self.dropout is None else self.dropout(hidden)), None
+        return self.dropout(F.relu(self.linear(hidden))), None
 
 
 def mlp(
@@ -80,7 +71,7 @@ def mlp(
     embedding: int = 32,
     init: Literal["torch", "xavier"] = "torch",
 ) -> Net:
-    """An MLP on the flattened input.
+    """Multi-layer perceptron on the flattened input.
 
     Args:
         inputs: what the stream gives.
@@ -90,12 +81,8 @@ def mlp(
         embedding: width of the token embedding. Not read for float inputs.
         init: "torch" for torch's own of linear layers, or "xavier": uniform (Glorot & Bengio 2010) with zero biases,
             as in the DER paper's experiments (Buzzega et al. 2020).
-
-    Raises:
-        ValueError: a target at every step; sequences of different lengths; a size below 1; dropout outside 0..1; another init.
     """
-    if init not in ("torch", "xavier"):
-        raise ValueError(f"init: got {init!r}, allowed are 'torch' and 'xavier'.")
+    checks.one_of("init", init, ("torch", "xavier"))
     if inputs.per_step:
         raise ValueError(
             "An MLP gives one answer a sequence, and this stream has a target at every step: "
@@ -106,9 +93,8 @@ def mlp(
             "An MLP needs sequences of one length, and this stream's lengths differ: "
             "use learner=lstm, gru, elman or transformer."
         )
-    check_sizes(**{f"hidden[{i}]": size for i, size in enumerate(hidden)}, embedding=embedding)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: got {dropout}, it must be at least 0 and less than 1.")
+    checks.at_least(1, **{f"hidden[{i}]": size for i, size in enumerate(hidden)}, embedding=embedding)
+    checks.within(0, 1, below=True, dropout=dropout)
     if inputs.vocabulary is not None:
         embed = nn.Embedding(inputs.vocabulary, embedding)
         flatten = Flatten(inputs.length * embedding, embed)

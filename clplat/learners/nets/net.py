@@ -1,4 +1,4 @@
-"""The contract of a net: embedding, blocks, readout and head, cut-able before any block.
+"""Contract of a net: embedding, blocks, pooling and head; it can be cut before any block.
 
 Letters: B batch, T time, D input features, H hidden, C outputs.
 """
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
+from clplat.learners.mixers.mixer import State as State
 from clplat.learners.nets.heads import Head
 from clplat.streams.experience import Batch
-
-State = tuple[Tensor, ...] | None
-"""What a block carries over time, every tensor [B, ...]; None before the first step, and for blocks without memory."""
+from clplat.streams.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a learner computes for a batch.
+    """Output of a learner for a batch.
 
     Attributes:
         logits: [B, C], or [B, T, C] where there is a target at every step.
@@ -31,32 +31,35 @@ class Output:
 
     logits: Tensor
     features: Tensor
-    state: tuple[State, ...]
+    state: tuple[State | None, ...]
     penalties: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def check_sizes(least: int = 1, **sizes: int | None) -> None:
-    """Refuse sizes below `least`; None stands for a default that is found elsewhere.
+def embedding_for(inputs: Inputs, width: int) -> nn.Module:
+    """Map from what a stream gives to hidden sequences: a table for tokens, a linear layer for floats.
 
     Args:
-        least: the smallest that is allowed.
-        sizes: by their key in `learner.net`.
-
-    Raises:
-        ValueError: names the key of the first that is too small.
+        inputs: what the stream gives.
+        width: H.
     """
-    for name, size in sizes.items():
-        if size is not None and size < least:
-            raise ValueError(f"learner.net.{name}: got {size}, it must be at least {least}.")
+    if inputs.vocabulary is not None:
+        return nn.Embedding(inputs.vocabulary, width)
+    assert inputs.features is not None  # one of the two, by Inputs
+    return nn.Linear(inputs.features, width)
+
+
+def dropout_of(p: float) -> nn.Module:
+    """Dropout of a fraction of the features; without a fraction, nothing."""
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 class Block(nn.Module):
     """One layer of a net. Subclasses map [B, T, H] (or [B, H] where there is no time) to the same shape."""
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """The block's output and its state after the last step.
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Output of the block and its state after the last step.
 
         Args:
             hidden: [B, T, H].
@@ -72,40 +75,44 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Embedding, blocks, readout and head, as one plain module.
+    """Embedding, blocks, pooling and head, as one plain module.
 
     Args:
         embedding: maps `Batch.x` to the first hidden sequence.
         blocks: in order.
         head: maps features to logits.
-        per_step: True keeps one feature vector a step, False reads the sequence out as one vector.
-        readout: how a sequence becomes one vector: "last" valid step, or "mean" over valid steps. Ignored where
+        per_step: True keeps one feature vector a step, False pools the sequence to one vector.
+        pooling: how a sequence becomes one vector: "last" valid step, or "mean" over valid steps. Ignored where
             there is no time axis.
 
     Raises:
-        ValueError: an unknown readout.
+        ValueError: an unknown pooling.
     """
 
     def __init__(
-        self, embedding: nn.Module, blocks: Sequence[Block], head: Head, per_step: bool = False, readout: str = "last"
+        self, embedding: nn.Module, blocks: Sequence[Block], head: Head, per_step: bool = False, pooling: str = "last"
     ) -> None:
         super().__init__()
-        if readout not in ("last", "mean"):
-            raise ValueError(f"readout: got {readout!r}, allowed are 'last' and 'mean'.")
+        checks.one_of("pooling", pooling, ("last", "mean"))
         self.embedding, self.blocks, self.head = embedding, nn.ModuleList(blocks), head
-        self.per_step, self.readout = per_step, readout
+        self.per_step, self.pooling = per_step, pooling
 
-    def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
-        """Logits, features and state of a batch; `state` and `reset` (None: the batch's own) as for `Block.forward`, one
-        state a block."""
+    def forward(self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None) -> Output:
+        """Logits, features and state of a batch.
+
+        Args:
+            batch: x, lengths, task and reset are read.
+            state: one entry a block, each as for `Block.forward`.
+            reset: as for `Block.forward`, None for the batch's own.
+        """
         hidden, new = self.lower(batch, len(self.blocks), state, reset)
         features = self.read(hidden, batch.lengths)
         return Output(self.head(features, batch.task), features, new, self.penalties())
 
     def lower(
-        self, batch: Batch, cut: int, state: Sequence[State] | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, tuple[State, ...]]:
-        """The hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
+        self, batch: Batch, cut: int, state: Sequence[State | None] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State | None, ...]]:
+        """Hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
         hidden = self.embedding(batch.x)
         return self._through(hidden, 0, cut, state, batch.reset if reset is None else reset, batch.lengths)
 
@@ -114,17 +121,17 @@ class Net(nn.Module):
         hidden: Tensor,
         cut: int,
         batch: Batch,
-        state: Sequence[State] | None = None,
+        state: Sequence[State | None] | None = None,
         reset: Tensor | None = None,
     ) -> Output:
-        """What `forward` gives, from the hidden sequence that enters block `cut`; `batch` gives lengths, task, reset."""
+        """Output from the hidden sequence that enters block `cut`; `batch` gives lengths, task and reset."""
         reset = batch.reset if reset is None else reset
         hidden, new = self._through(hidden, cut, len(self.blocks), state, reset, batch.lengths)
         features = self.read(hidden, batch.lengths)
         return Output(self.head(features, batch.task), features, new, self.penalties())
 
     def penalties(self) -> dict[str, Tensor]:
-        """The sums of the blocks' penalties; none in evaluation mode."""
+        """Sums of the blocks' penalties; none in evaluation mode."""
         total: dict[str, Tensor] = {}
         if self.training:
             for block in self.blocks:
@@ -137,7 +144,7 @@ class Net(nn.Module):
         """Features [B, H] (or [B, T, H] with `per_step`) from the last hidden sequence."""
         if self.per_step or hidden.ndim == 2:
             return hidden
-        if self.readout == "mean":
+        if self.pooling == "mean":
             if lengths is None:
                 return hidden.mean(1)
             valid = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
@@ -151,11 +158,11 @@ class Net(nn.Module):
         hidden: Tensor,
         first: int,
         last: int,
-        state: Sequence[State] | None,
+        state: Sequence[State | None] | None,
         reset: Tensor | None,
         lengths: Tensor | None,
-    ) -> tuple[Tensor, tuple[State, ...]]:
-        new: list[State] = []
+    ) -> tuple[Tensor, tuple[State | None, ...]]:
+        new: list[State | None] = []
         for i in range(first, last):
             hidden, after = self.blocks[i](hidden, None if state is None else state[i - first], reset, lengths)
             new.append(after)
