@@ -177,6 +177,8 @@ RENAMED: list[tuple[str, str]] = [
     (r"^/learner/strategy\.(?!parts\.)", "/learner/strategy.parts.NAME."),
     (r"^/learner/together$", "/learner/same_experience"),
     (r"^params/((stream\.)+)as_$", r"params/\1layout"),
+    (r"(\.blocks\.\d+)\.(expand|contract)\.", r"\1.dense.\2."),
+    (r"^params/learner\.net\.readout$", "params/learner.net.pooling"),
 ]
 """Patterns of keys that have another name since, and that name."""
 
@@ -187,6 +189,7 @@ GONE: list[str] = [
 """Patterns of keys that are not there any more, or that differ from run to run."""
 
 MOVED: dict[str, str] = {
+    "clplat.learners.nets.transformer.residual": "clplat.learners.nets.residual.residual",
     "clplat.run.Training": "clplat.settings.Training",
     "clplat.run.Evaluation": "clplat.settings.Evaluation",
     "clplat.streams.text.markov_text": "clplat.streams.markov_text.markov_text",

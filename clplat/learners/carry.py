@@ -22,7 +22,7 @@ class Carry:
     """
 
     def __init__(self) -> None:
-        self.state: tuple[State, ...] | None = None
+        self.state: tuple[State | None, ...] | None = None
 
     def forward(self, learner: Learner, segment: Batch, batch: Batch) -> Output:
         """Output for `batch`, whose first rows are those of `segment` and go on from the carried state.
@@ -53,7 +53,7 @@ class Carry:
             output.penalties,
         )
 
-    def keep(self, state: tuple[State, ...]) -> None:
+    def keep(self, state: tuple[State | None, ...]) -> None:
         """Carry a state on, cut off from what came before."""
         # Copies: a state may be a view of all steps, which would be kept alive and written to every checkpoint.
         self.state = tuple(None if s is None else tuple(t.detach().clone() for t in s) for s in state)

@@ -24,7 +24,7 @@ class Learner(nn.Module):
     """Net, objective and strategies, with optimiser, schedule, logit mask and clipping.
 
     Args:
-        net: embedding, blocks, readout and head.
+        net: embedding, blocks, pooling and head.
         objective: what is minimised and how answers are scored.
         strategy: how forgetting is fought: one, or a `Composite` of several; None is finetuning.
         optimizer: makes the optimiser from parameter groups.

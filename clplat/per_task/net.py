@@ -83,7 +83,7 @@ class PerTaskNet(Net):
     that its labels need not be waited for.
 
     Args:
-        template: the net whose embedding, blocks, readout and head are used.
+        template: the net whose embedding, blocks, pooling and head are used.
         tasks: what is kept for each task.
 
     Raises:
@@ -101,19 +101,19 @@ class PerTaskNet(Net):
         self.template, self.tasks = template, tasks
         for name in ("embedding", "blocks", "head"):
             object.__setattr__(self, name, getattr(template, name))
-        self.per_step, self.readout = template.per_step, template.readout
+        self.per_step, self.pooling = template.per_step, template.pooling
 
     def weights_for(self, label: int) -> Mapping[str, Tensor]:
         """The template's weights for a task, by name."""
         raise TypeError(f"{type(self).__name__} does not define weights_for(label).")
 
-    def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
+    def forward(self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None) -> Output:
         """As `Net.forward`, each row with its task's weights."""
         return self._by_task(batch, lambda net, rows, s, r: net(rows, s, r), state, reset)
 
     def lower(
-        self, batch: Batch, cut: int, state: Sequence[State] | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, tuple[State, ...]]:
+        self, batch: Batch, cut: int, state: Sequence[State | None] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State | None, ...]]:
         """As `Net.lower`, each row with its task's weights."""
         return self._by_task(batch, lambda net, rows, s, r: net.lower(rows, cut, s, r), state, reset)
 
@@ -122,7 +122,7 @@ class PerTaskNet(Net):
         hidden: Tensor,
         cut: int,
         batch: Batch,
-        state: Sequence[State] | None = None,
+        state: Sequence[State | None] | None = None,
         reset: Tensor | None = None,
     ) -> Output:
         """As `Net.upper`, each row with its task's weights."""

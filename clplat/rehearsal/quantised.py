@@ -36,7 +36,7 @@ class Quantised(Net):
     """
 
     def __init__(self, net: Net, cut: int, quantizer: ProductQuantizer) -> None:
-        super().__init__(net.embedding, cast(list[Block], list(net.blocks)), net.head, net.per_step, net.readout)
+        super().__init__(net.embedding, cast(list[Block], list(net.blocks)), net.head, net.per_step, net.pooling)
         self.cut, self.quantizer, self.training = cut, quantizer, net.training
 
     def front(self) -> list[nn.Module]:
@@ -55,7 +55,7 @@ class Quantised(Net):
             self.freeze()
         return self
 
-    def forward(self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None) -> Output:
+    def forward(self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None) -> Output:
         """As for any net; `DECODED` batches have no states below the cut."""
         if not self.quantizer:
             return super().forward(batch, state, reset)
@@ -68,8 +68,8 @@ class Quantised(Net):
 
     @torch.no_grad()
     def front_features(
-        self, batch: Batch, state: Sequence[State] | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, tuple[State, ...]]:
+        self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[State | None, ...]]:
         """What enters block `cut`, [B, T, H] or [B, H], without gradients, and the states below."""
         return self.lower(batch, self.cut, None if state is None else state[: self.cut], reset)
 

@@ -276,7 +276,7 @@ NETS: dict[str, Callable[..., Net]] = {
     "elman": partial(recurrent, mixer=Elman, hidden=H),
     "transformer": partial(transformer, hidden=H, heads=2, layers=1),
     "transformer_layer_norm": partial(
-        transformer, hidden=H, heads=2, layers=1, norm="layer", causal=False, readout="mean"
+        transformer, hidden=H, heads=2, layers=1, norm="layer", causal=False, pooling="mean"
     ),
     "mlp": partial(mlp, hidden=[H, H]),
 }

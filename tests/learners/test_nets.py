@@ -1,4 +1,4 @@
-"""Nets: cuts, readouts, heads, every input kind, and what is refused.
+"""Nets: cuts, pooling, heads, every input kind, and what is refused.
 
 Letters: B batch, T time, D input features, H hidden, C classes.
 """
@@ -108,7 +108,7 @@ def test_every_net_reads_floats_and_tokens_and_every_weight_learns(name: str, ki
 def test_a_target_at_every_step_gives_logits_at_every_step(name: str, kind: Inputs) -> None:
     net, batch = build(name, replace(kind, per_step=True)), batch_of(kind)
     assert net(batch).logits.shape == (B, T, C)
-    close(net(batch).logits[:, -1], build(name, kind)(batch).logits)  # the plain readout is the last step
+    close(net(batch).logits[:, -1], build(name, kind)(batch).logits)  # the plain pooling is the last step
 
 
 def test_an_mlp_reads_vectors() -> None:
@@ -193,10 +193,10 @@ def test_cuts_hand_over_states_and_resets(name: str) -> None:
     close(torch.cat([first.logits, net(late, first.state).logits], 1), net(batch).logits)
 
 
-@pytest.mark.parametrize("readout", ["last", "mean"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 @each_sequence_net
-def test_padded_rows_give_what_they_give_alone(name: str, readout: str) -> None:
-    net = build(name, replace(FLOATS, steps=None), readout=readout)
+def test_padded_rows_give_what_they_give_alone(name: str, pooling: str) -> None:
+    net = build(name, replace(FLOATS, steps=None), pooling=pooling)
     batch = batch_of(FLOATS)
     lengths = torch.tensor([7, 1, 3, 7, 6])
     batch.x[torch.arange(T) >= lengths[:, None]] = 1e3
@@ -206,11 +206,11 @@ def test_padded_rows_give_what_they_give_alone(name: str, readout: str) -> None:
         close(together[b : b + 1], alone)
 
 
-@pytest.mark.parametrize("readout", ["last", "mean"])
-def test_readout_without_lengths(readout: str) -> None:
-    net, batch = build("gru", readout=readout), batch_of(FLOATS)
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_pooling_without_lengths(pooling: str) -> None:
+    net, batch = build("gru", pooling=pooling), batch_of(FLOATS)
     hidden, _ = net.lower(batch, 1)
-    close(net(batch).features, hidden[:, -1] if readout == "last" else hidden.sum(1) / T)
+    close(net(batch).features, hidden[:, -1] if pooling == "last" else hidden.sum(1) / T)
     full = replace(batch, lengths=torch.full((B,), T))
     close(net(full).features, net(batch).features)
 
@@ -332,8 +332,8 @@ def test_an_mlp_refuses_what_it_cannot_read() -> None:
 
 @pytest.mark.parametrize("make", [partial(recurrent, mixer=LSTM), transformer])
 def test_sequence_nets_refuse_wrong_options(make: Callable[..., Net]) -> None:
-    with pytest.raises(ValueError, match=r"readout: got 'first', allowed are 'last' and 'mean'"):
-        make(FLOATS, shared, readout="first")
+    with pytest.raises(ValueError, match=r"pooling: got 'first', allowed are 'last' and 'mean'"):
+        make(FLOATS, shared, pooling="first")
 
 
 SIZES: dict[str, tuple[Callable[..., Net], dict[str, int]]] = {

@@ -42,8 +42,8 @@ class Normed(Block):
         self.linear, self.norm, self.dropout = nn.Linear(D, D), nn.BatchNorm1d(D), nn.Dropout(0.5)
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         return self.dropout(self.norm(self.linear(hidden)).relu()), None
 
 

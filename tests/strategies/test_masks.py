@@ -46,8 +46,8 @@ class Convolution(Block):
         self.conv = nn.Conv1d(features, hidden, 3, padding=2)
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         return self.conv(hidden.mT)[..., : hidden.shape[1]].mT.relu(), None
 
 

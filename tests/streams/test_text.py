@@ -149,8 +149,8 @@ class Regime(Block):
         self.letters = letters
 
     def forward(
-        self, hidden: Tensor, state: State = None, reset: Tensor | None = None, lengths: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+        self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         rows, steps, start = len(hidden), hidden.shape[1], self.letters
         token = hidden.argmax(-1)
         first = torch.full((rows,), -1) if state is None else state[0]

@@ -16,8 +16,8 @@ class Bidirectional(Mixer):
     Mike Schuster, Kuldip Paliwal, "Bidirectional recurrent neural networks", 1997; with LSTMs: Alex Graves, Juergen
     Schmidhuber, "Framewise phoneme classification with bidirectional LSTM and other neural network architectures",
     2005. Time is reversed within each row's length, so that the backward half never meets padding. It sees whole
-    sequences and has no state, no resets and no steps. With a readout of the last step the backward half has seen that
-    step only: read out the mean.
+    sequences and has no state, no resets and no steps. With pooling of the last step the backward half has seen that
+    step only: take the mean.
 
     Args:
         features: D, width of the inputs.
