@@ -8,9 +8,11 @@ Letters: B batch, T time, D input features, H hidden, N heads, K key and V value
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from learners.rows import Learns, warmed
 from torch import Tensor, nn
 
 from clplat.learners.mixers.gated_deltanet import GatedDeltaNet
@@ -26,6 +28,30 @@ from clplat.learners.mixers.titans import Titans
 
 B, T, D, H = 2, 9, 6, 16
 double = torch.float64
+
+LAWS: dict[str, Callable[[int, int], Mixer]] = {
+    "retnet": RetNet,
+    "mlstm": lambda d, h: warmed(MLSTM(d, h)),
+    "rwkv6": lambda d, h: warmed(RWKV6(d, h, mix_rank=3, decay_rank=5)),
+    "hgrn2": HGRN2,
+    "hgrn2_bound": partial(HGRN2, lower_bound=0.7),
+    "gla": partial(GLA, gate_rank=3, temperature=2.0),
+    "lightnet": partial(LightNet, gate_rank=5),
+    "gated_deltanet": GatedDeltaNet,
+    "deltanet": partial(GatedDeltaNet, expansion=1, decay=False, output_gate=False, negative=True),
+    "titans": Titans,
+}
+LEARNS = {
+    "deltanet": Learns(0.90),
+    "gated_deltanet": Learns(0.85),
+    "gla": Learns(0.40),
+    "hgrn2": Learns(0.35),
+    "lightnet": Learns(0.35),
+    "mlstm": Learns(0.90),
+    "retnet": Learns(0.35),
+    "rwkv6": Learns(0.80),
+    "titans": Learns(0.85),
+}
 
 
 def built(mixer: Mixer) -> Mixer:
@@ -399,23 +425,23 @@ def test_norms() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RetNet(D, 12, heads=4), r"retnet: got hidden=12 and heads=4; hidden must be a multiple of 2 \* heads"),
-        (lambda: RetNet(D, H, expansion=0), "retnet: got expansion=0"),
-        (lambda: MLSTM(D, H, heads=5), r"mlstm.*hidden=32 and heads=5"),
-        (lambda: MLSTM(D, H, block=5), "block=5"),
-        (lambda: MLSTM(D, H, conv=0), "size=0"),
-        (lambda: RWKV6(D, H, heads=3), "rwkv6: got hidden=16 and heads=3"),
-        (lambda: RWKV6(D, H, place=1.0), "rwkv6: got place=1.0"),
-        (lambda: RWKV6(D, H, mix_rank=0), "rwkv6: got mix_rank=0"),
-        (lambda: HGRN2(D, H, heads=0), "hgrn2: got hidden=16 and heads=0"),
-        (lambda: HGRN2(D, H, lower_bound=1.0), "hgrn2: got lower_bound=1.0"),
-        (lambda: GLA(D, H, heads=16), "gla: got hidden=16 and heads=16"),
-        (lambda: GLA(D, H, temperature=0.0), "gla: got temperature=0.0"),
-        (lambda: LightNet(D, H, gate_rank=0), "lightnet: got gate_rank=0"),
-        (lambda: GatedDeltaNet(D, H, heads=3), "gated_deltanet: got hidden=16 and heads=3"),
-        (lambda: GatedDeltaNet(D, H, expansion=0), "gated_deltanet: got expansion=0"),
-        (lambda: Titans(D, H, heads=3), "titans: got hidden=16 and heads=3"),
-        (lambda: Titans(D, H, conv=0), "titans: got conv=0"),
+        (lambda: RetNet(D, 12, heads=4), r"heads: got 4 with hidden=12; hidden must be a multiple of 2 \* heads"),
+        (lambda: RetNet(D, H, expansion=0), "expansion: got 0"),
+        (lambda: MLSTM(D, H, heads=5), r"heads: got 5 with expansion \* hidden=32"),
+        (lambda: MLSTM(D, H, block=5), "block: got 5"),
+        (lambda: MLSTM(D, H, conv=0), "size: got 0"),
+        (lambda: RWKV6(D, H, heads=3), "heads: got 3 with hidden=16"),
+        (lambda: RWKV6(D, H, place=1.0), "place: got 1.0"),
+        (lambda: RWKV6(D, H, mix_rank=0), "mix_rank: got 0"),
+        (lambda: HGRN2(D, H, heads=0), "heads: got 0"),
+        (lambda: HGRN2(D, H, lower_bound=1.0), "lower_bound: got 1.0"),
+        (lambda: GLA(D, H, heads=16), "heads: got 16 with hidden=16"),
+        (lambda: GLA(D, H, temperature=0.0), "temperature: got 0.0"),
+        (lambda: LightNet(D, H, gate_rank=0), "gate_rank: got 0"),
+        (lambda: GatedDeltaNet(D, H, heads=3), "heads: got 3 with hidden=16"),
+        (lambda: GatedDeltaNet(D, H, expansion=0), "expansion: got 0"),
+        (lambda: Titans(D, H, heads=3), "heads: got 3 with hidden=16"),
+        (lambda: Titans(D, H, conv=0), "conv: got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Callable[[], Mixer], message: str) -> None:

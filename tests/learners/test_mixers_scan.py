@@ -6,9 +6,12 @@ Letters: B batch, T time, D input features, H hidden, N heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from learners.rows import Learns, warmed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +22,25 @@ from clplat.learners.mixers.mixer import Mixer
 from clplat.learners.mixers.rwkv4 import RWKV4
 
 B, T, D, H = 2, 9, 5, 8
+
+LAWS: dict[str, Callable[[int, int], Mixer]] = {
+    "aaren": Aaren,
+    "rwkv4": lambda d, h: warmed(RWKV4(d, h)),
+    "rwkv4_deep": lambda d, h: warmed(RWKV4(d, h, depth=0.5, zero=False)),
+    "mamba": Mamba,
+    "mamba_small": partial(Mamba, states=3, expand=1, conv=2, rank=2),
+    "block_lrnn": BlockLRNN,
+    "block_lrnn_plain": partial(BlockLRNN, block=3, norm=1.0, centred=False),
+}
+LEARNS = {
+    "aaren": Learns(0.60, 600),
+    # Blocks of 4 x 4 forget less than those of 8 x 8, and cost less.
+    "block_lrnn": Learns(
+        0.45, 800, ("++learner.net.hidden=32", "learner.net.mixer.block=4", "optimizer.lr=0.006"), digits=0.90
+    ),
+    "mamba": Learns(0.75),
+    "rwkv4": Learns(0.75),
+}
 
 
 def drawn(mixer: Mixer) -> tuple[Mixer, Tensor]:
@@ -132,14 +154,14 @@ def test_a_block_lrnn_is_a_dense_linear_rnn(norm: float, centred: bool) -> None:
 
 def test_bad_options_are_refused() -> None:
     for make, message in (
-        (lambda: Aaren(D, H, heads=3), "hidden=8 and heads=3"),
-        (lambda: Aaren(D, H, query_std=-1.0), "query_std=-1.0"),
-        (lambda: RWKV4(D, H, depth=2.0), "depth=2.0"),
-        (lambda: Mamba(D, H, conv=0), "conv=0"),
-        (lambda: Mamba(D, H, dt_min=0.2), "dt_min=0.2"),
-        (lambda: BlockLRNN(D, H, block=3), "hidden=8 and block=3"),
-        (lambda: BlockLRNN(D, H, block=1), "block=1"),
-        (lambda: BlockLRNN(D, H, norm=0.5), "norm=0.5"),
+        (lambda: Aaren(D, H, heads=3), "heads: got 3 with hidden=8"),
+        (lambda: Aaren(D, H, query_std=-1.0), "query_std: got -1.0"),
+        (lambda: RWKV4(D, H, depth=2.0), "depth: got 2.0"),
+        (lambda: Mamba(D, H, conv=0), "conv: got 0"),
+        (lambda: Mamba(D, H, dt_min=0.2), "dt_min: got 0.2"),
+        (lambda: BlockLRNN(D, H, block=3), "block: got 3 with hidden=8"),
+        (lambda: BlockLRNN(D, H, block=1), "block: got 1"),
+        (lambda: BlockLRNN(D, H, norm=0.5), "norm: got 0.5"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

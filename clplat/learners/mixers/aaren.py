@@ -1,22 +1,24 @@
-"""Aaren (Feng et al. 2024, "Attention as an RNN", arXiv 2405.13956): attention of one learned query, as a recurrence."""
+"""Aaren: attention of one learned query as a recurrence (Feng et al. 2024, arXiv 2405.13956)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.kernels.softmax_scan import softmax_scan
 from clplat.learners.mixers.mixer import Mixer, State
+from clplat.learners.mixers.norms import head_width
 
 
 class Aaren(Mixer):
-    """Multi-head causal attention whose query is a weight, not a function of the input: constant memory a step.
+    """Causal attention of one learned query, with many heads and constant memory a step.
 
     At every step the query attends to all inputs so far (sections 3.1 and 3.3):
 
         q = W_q token,  k_t = W_k x_t,  v_t = W_v x_t,      y_t = W_o concat_n softmax_{s<=t}(q_n . k_s,n / sqrt(d)) v_s,n
 
-    The state is (l, o) of `clplat.kernels.softmax_scan`: [B, N] and [B, N, d], d = H / N. The paper gives neither the
+    From "Attention as an RNN". The state is (l, o) of `clplat.kernels.softmax_scan`: [B, N] and [B, N, d], d = H / N. The paper gives neither the
     token's initialisation nor biases: the token is drawn from a normal distribution, and there are no biases. The
     paper's blocks are those of a transformer, with a dense branch.
 
@@ -32,10 +34,8 @@ class Aaren(Mixer):
 
     def __init__(self, features: int, hidden: int, heads: int = 4, query_std: float = 1.0) -> None:
         super().__init__()
-        if heads < 1 or hidden % heads:
-            raise ValueError(f"Aaren: got hidden={hidden} and heads={heads}; hidden must be a multiple of heads.")
-        if query_std < 0:
-            raise ValueError(f"Aaren: got query_std={query_std}, it must be at least 0.")
+        head_width(hidden, heads)
+        checks.at_least(0, query_std=query_std)
         self.width, self.heads = hidden, heads
         self.token = nn.Parameter(query_std * torch.randn(features))
         self.query = nn.Linear(features, hidden, bias=False)
@@ -45,7 +45,6 @@ class Aaren(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (l, o) after step T; arguments as for `Mixer.forward`."""
         k, v = self.project(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         q = self.query(self.token).view(self.heads, -1)
         scores = (k * q).sum(-1) * q.shape[-1] ** -0.5

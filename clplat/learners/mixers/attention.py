@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clplat.learners.mixers.mixer import Mixer, State
+from clplat.learners.mixers.norms import head_width
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: turns the pair (i, i + d/2) of x [..., T, d] by position * base^(-2i/d).
+    """Rotary positions: the pair (i, i + d/2) of x [..., T, d] turned by position * base^(-2i/d).
 
     The product of a query at p and a key at q then depends on p - q only.
 
@@ -33,7 +34,7 @@ def rotate(x: Tensor, position: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 class Attention(Mixer):
-    """Scaled dot-product attention over the steps of a sequence, without biases and without dropout on the weights.
+    """Scaled dot-product attention over the steps of a sequence, without biases or dropout.
 
     The state is (keys, values, position) after the last of the T steps: keys (rotated) and values [B, N, S, d] of all
     S steps seen so far, and [B] the number of steps of the current sequence, which are the last of those S. It grows
@@ -52,11 +53,7 @@ class Attention(Mixer):
 
     def __init__(self, features: int, hidden: int, heads: int = 4, causal: bool = True, base: float = 10_000.0) -> None:
         super().__init__()
-        if heads < 1 or hidden % (2 * heads):
-            raise ValueError(
-                f"Attention: got hidden={hidden} and heads={heads}; hidden must be a multiple of 2 * heads "
-                "(rotary positions turn pairs of features): change either."
-            )
+        head_width(hidden, heads, parts=2)  # rotary positions turn pairs of features
         self.width, self.heads, self.causal, self.base = hidden, heads, causal, base
         self.project = nn.Linear(features, 3 * hidden, bias=False)  # queries, keys, values
         self.out = nn.Linear(hidden, hidden, bias=False)

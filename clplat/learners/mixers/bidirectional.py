@@ -11,7 +11,7 @@ from clplat.learners.mixers.mixer import Mixer, State
 
 
 class Bidirectional(Mixer):
-    """[forward(x), reversed backward(reversed x)] feature by feature: at every step, what came before and what follows.
+    """Mixers from both ends side by side: [forward(x), reversed backward(reversed x)], feature by feature.
 
     Mike Schuster, Kuldip Paliwal, "Bidirectional recurrent neural networks", 1997; with LSTMs: Alex Graves, Juergen
     Schmidhuber, "Framewise phoneme classification with bidirectional LSTM and other neural network architectures",
@@ -71,7 +71,7 @@ class Bidirectional(Mixer):
         raise ValueError("Bidirectional cannot go step by step: call it on whole sequences, or use a causal learner.")
 
     def penalties(self) -> Mapping[str, Tensor]:
-        """Those of both mixers, summed by name."""
+        """Penalties of both mixers, summed by name."""
         back = self.back.penalties()
         return {name: term + back[name] for name, term in self.ahead.penalties().items()}
 

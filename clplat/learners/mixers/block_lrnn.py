@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.kernels.block_diagonal import LARGEST, block_scan
 from clplat.learners.mixers.mixer import Mixer, State
 
@@ -13,8 +14,9 @@ TINY = 1e-12
 
 
 class BlockLRNN(Mixer):
-    """h_t = A_t h_{t-1} + value(x_t) with A_t block-diagonal, made from x_t; the output is h (section 4 of the paper,
-    "Advancing Regular Language Reasoning in Linear Recurrent Neural Networks").
+    """Linear recurrence h_t = A_t h_{t-1} + value(x_t) with A_t block-diagonal and made from x_t.
+
+    The output is h (section 4 of "Advancing Regular Language Reasoning in Linear Recurrent Neural Networks").
 
     Each block is divided by the largest p-norm of its columns, which bounds its powers for p near 1; the paper takes
     p = 1.2. From the authors' code, not the paper: blocks and values are made by nets of two layers with a ReLU in
@@ -35,13 +37,10 @@ class BlockLRNN(Mixer):
     def __init__(self, features: int, hidden: int, block: int = 8, norm: float = 1.2, centred: bool = True) -> None:
         super().__init__()
         if not 1 <= block <= LARGEST or hidden % block:
-            raise ValueError(
-                f"BlockLRNN: got hidden={hidden} and block={block}; block must be in 1..{LARGEST} and divide hidden."
-            )
+            raise ValueError(f"block: got {block} with hidden={hidden}; it must lie in 1..{LARGEST} and divide hidden.")
         if block == 1 and centred:
-            raise ValueError("BlockLRNN: got block=1 and centred=True, which leaves only zeros: set centred=False.")
-        if norm < 1:
-            raise ValueError(f"BlockLRNN: got norm={norm}, it must be at least 1: below it is no norm.")
+            raise ValueError("block: got 1 with centred=true, which leaves only zeros: set centred=false.")
+        checks.at_least(1, "below it is no norm", norm=norm)
         self.width, self.block, self.norm, self.centred = hidden, block, norm, centred
         size = hidden * block
         self.transition = nn.Sequential(nn.Linear(features, size), nn.ReLU(), nn.Linear(size, size))
@@ -50,7 +49,6 @@ class BlockLRNN(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         blocks = self.transition(x).unflatten(-1, (-1, self.block, self.block))
         if self.centred:
             blocks = blocks - blocks.mean(-2, keepdim=True)

@@ -8,19 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-def check_fraction(name: str, value: float) -> None:
-    """Refuse a fraction to drop that is not in 0..1, or 1.
-
-    Raises:
-        ValueError: names it.
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, it must be at least 0 and less than 1.")
+from clplat import checks
 
 
 def drop_recurrent(weights: Sequence[Tensor], p: float) -> list[Tensor]:
-    """The weights W, U and biases of a recurrent layer, with a fraction p of U's entries zero and the others scaled.
+    """Weights W, U and biases of a recurrent layer, a fraction p of U set to zero and the rest scaled.
 
     DropConnect on recurrent weights (Merity, Keskar & Socher 2018, arXiv 1708.02182, section 2). The parameter itself
     stays as it is, so that gradients, optimisers and `functional_call` see one U.
@@ -42,14 +34,11 @@ class LockedDropout(nn.Module):
 
     Args:
         p: the fraction of features set to zero in training, in 0..1 without 1; the rest is scaled by 1 / (1 - p).
-
-    Raises:
-        ValueError: p outside 0..1.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        check_fraction("dropout", p)
+        checks.within(0, 1, below=True, dropout=p)
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +49,7 @@ class LockedDropout(nn.Module):
 
 
 class DroppedEmbedding(nn.Embedding):
-    """Token embeddings of which whole tokens are dropped in training, one mask a call for all rows and steps.
+    """Token embeddings with dropout of whole tokens in training: one mask a call for all rows and steps.
 
     A dropped token is the zero vector wherever it occurs in the batch, the others are scaled by 1 / (1 - p)
     (Gal & Ghahramani 2016, arXiv 1512.05287; Merity, Keskar & Socher 2018, arXiv 1708.02182, section 4.3).
@@ -71,13 +60,10 @@ class DroppedEmbedding(nn.Embedding):
         p: the fraction of the vocabulary dropped, in 0..1 without 1.
         marks: further tokens V, V + 1, ... (where a text starts) with rows of their own, never dropped: apart from
             `weight`, which a head may share.
-
-    Raises:
-        ValueError: p outside 0..1.
     """
 
     def __init__(self, vocabulary: int, width: int, p: float, marks: int = 0) -> None:
-        check_fraction("embedding_dropout", p)
+        checks.within(0, 1, below=True, embedding_dropout=p)
         super().__init__(vocabulary, width)
         self.p = p
         self.marks = nn.Embedding(marks, width) if marks else None

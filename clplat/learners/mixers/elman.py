@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels import cells
 from clplat.learners.mixers.compiled import compiled
-from clplat.learners.mixers.dropout import check_fraction, drop_recurrent
+from clplat.learners.mixers.dropout import drop_recurrent
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class Elman(Mixer):
-    """One Elman layer: h = tanh(W x_t + U h + b), or relu in place of tanh; the output is h.
+    """Elman layer: h = tanh(W x_t + U h + b), or relu in place of tanh; the output is h.
 
     The state is (h,), [B, H], after the last of the T steps, padding included; padding at the end changes no output at
     a valid step. Weights are those of `nn.RNN`.
@@ -30,9 +31,6 @@ class Elman(Mixer):
         orthogonality: lambda of the penalty lambda ||U^T U - I||_F^2 that keeps U near the orthogonal matrices in
             training (Vorontsov, Trabelsi, Kadoury & Pal 2017, arXiv 1702.00071); logged as `orthogonality`.
         weight_drop: the fraction of U set to zero in training, one mask a call; see `LSTM`.
-
-    Raises:
-        ValueError: an unknown nonlinearity or init; a negative penalty; weight_drop outside 0..1.
     """
 
     def __init__(
@@ -45,13 +43,10 @@ class Elman(Mixer):
         weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity: got {nonlinearity!r}, allowed are 'tanh' and 'relu'.")
-        if init not in ("torch", "orthogonal", "identity"):
-            raise ValueError(f"init: got {init!r}, allowed are 'torch', 'orthogonal' and 'identity'.")
-        if not orthogonality >= 0:
-            raise ValueError(f"orthogonality: got {orthogonality}, it must be at least 0 (0 is no penalty).")
-        check_fraction("weight_drop", weight_drop)
+        checks.one_of("nonlinearity", nonlinearity, ("tanh", "relu"))
+        checks.one_of("init", init, ("torch", "orthogonal", "identity"))
+        checks.at_least(0, "0 is no penalty", orthogonality=orthogonality)
+        checks.within(0, 1, below=True, weight_drop=weight_drop)
         self.width, self.orthogonality, self.weight_drop = hidden, orthogonality, weight_drop
         self.relu = nonlinearity == "relu"
         self.rnn = nn.RNN(features, hidden, nonlinearity=nonlinearity, batch_first=True)
@@ -86,13 +81,12 @@ class Elman(Mixer):
         return y, (h[0],)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One step: output [B, H] for x [B, D] and the state (h,), in constant memory."""
         (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         h = self._cell(x, h, *self._weights())
         return h, (h,)
 
     def penalties(self) -> Mapping[str, Tensor]:
-        """The orthogonality of U, where it is asked for."""
+        """Orthogonality of U, where it is asked for."""
         if not self.orthogonality:
             return {}
         u = self.rnn.all_weights[0][1]

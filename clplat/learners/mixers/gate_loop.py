@@ -12,7 +12,9 @@ from clplat.learners.mixers.mixer import Mixer, State
 
 
 class GateLoop(Mixer):
-    """h = a * h + k * v, y = W_o( silu(W_g x) * Re(q * h) ) with a = sigmoid(alpha) exp(i beta), all linear in x_t.
+    """Linear recurrence with a complex decay from the input.
+
+        h = a * h + k * v,     y = W_o( silu(W_g x) * Re(q * h) ),     a = sigmoid(alpha) exp(i beta), all linear in x_t
 
     Tobias Katsch, "GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling", 2023, arXiv 2311.01927, in
     the form with as many heads as channels, in which a head's state is one complex number. The magnitude's sigmoid and
@@ -40,7 +42,6 @@ class GateLoop(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         q, k, v = self.project(x).chunk(3, -1)
         keep = None if reset is None else ~reset
         wide = state_dtype(x)  # there are no complex numbers of half precision, nor decays

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.delta import delta_rule
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import check_sizes, head_width, unit
+from clplat.learners.mixers.norms import head_width, unit
 from clplat.learners.mixers.shift import CausalConv
 
 
 class GatedDeltaNet(Mixer):
-    """A linear memory that replaces the value it holds for a key, and forgets at a rate the input sets.
+    """Linear memory with the delta rule: a new value for a key replaces the old one; decay by the input.
 
     Yang, Kautz & Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule" (2024, arXiv 2412.06464),
     equation 10 and section 3.4; with decay and output_gate off it is DeltaNet, Yang, Wang, Zhang, Shen & Kim,
@@ -58,8 +59,8 @@ class GatedDeltaNet(Mixer):
         negative: bool = False,
     ) -> None:
         super().__init__()
-        key = head_width("gated_deltanet", hidden, heads)
-        check_sizes("gated_deltanet", expansion=expansion, conv=conv)
+        key = head_width(hidden, heads)
+        checks.at_least(1, expansion=expansion, conv=conv)
         self.width, self.heads, self.largest = hidden, heads, 2.0 if negative else 1.0
         self.sizes = [hidden, hidden, expansion * hidden]
         self.project = nn.Linear(features, sum(self.sizes), bias=False)  # queries, keys, values
@@ -78,7 +79,6 @@ class GatedDeltaNet(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         seen, last = self.conv(self.project(x), None if state is None else state[1], reset)
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in F.silu(seen).split(self.sizes, -1))
         decay = None if self.alpha is None else -self.rate.exp() * F.softplus(self.alpha(x) + self.rate_bias)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import matrix_state
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import check_sizes, head_width
+from clplat.learners.mixers.norms import head_width
 
 
 class GLA(Mixer):
@@ -38,10 +39,9 @@ class GLA(Mixer):
         self, features: int, hidden: int, heads: int = 4, gate_rank: int = 16, temperature: float = 16.0
     ) -> None:
         super().__init__()
-        value = head_width("gla", hidden, heads, parts=2)
-        check_sizes("gla", gate_rank=gate_rank)
-        if temperature <= 0:
-            raise ValueError(f"gla: got temperature={temperature}; it must be above 0.")
+        value = head_width(hidden, heads, parts=2)
+        checks.at_least(1, gate_rank=gate_rank)
+        checks.above(0, temperature=temperature)
         self.width, self.heads, self.temperature = hidden, heads, temperature
         self.sizes = [hidden // 2, hidden // 2, hidden]
         self.project = nn.Linear(features, 2 * hidden, bias=False)  # queries, keys, values
@@ -53,7 +53,6 @@ class GLA(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (S,) after step T; arguments as for `Mixer.forward`."""
         decay = self.decay(x)
         decay = F.logsigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32))) / self.temperature
         parts = (*self.project(x).split(self.sizes, -1), decay)

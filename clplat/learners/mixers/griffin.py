@@ -14,7 +14,7 @@ from clplat.learners.mixers.shift import CausalConv
 
 
 class RGLRU(Mixer):
-    """The real-gated linear recurrent unit within its block: out( GeLU(W_1 x) * recurrence( conv(W_2 x) ) ).
+    """Real-gated linear recurrent unit within its block: out( GeLU(W_1 x) * recurrence( conv(W_2 x) ) ).
 
     With u the output of the convolution, r = sigmoid(W_a u + b_a) and i = sigmoid(W_x u + b_x),
 
@@ -56,13 +56,11 @@ class RGLRU(Mixer):
             recurrent = -(-4 * hidden // (3 * blocks)) * blocks
         if recurrent is None or blocks < 1 or recurrent < 1 or recurrent % blocks:
             raise ValueError(
-                f"RGLRU: got recurrent={recurrent} and blocks={blocks}; recurrent must be a multiple of blocks, "
-                "both at least 1: change either, or recurrent=None."
+                f"blocks: got {blocks} with recurrent={recurrent}; recurrent must be a multiple of blocks, both at "
+                "least 1: change either, or set recurrent to null."
             )
         if not 0 < fastest < slowest < 1:
-            raise ValueError(
-                f"RGLRU: got fastest={fastest} and slowest={slowest}, allowed is 0 < fastest < slowest < 1."
-            )
+            raise ValueError(f"fastest: got {fastest} with slowest={slowest}; allowed is 0 < fastest < slowest < 1.")
         self.width, self.blocks = hidden, blocks
         part = recurrent // blocks
         self.gate = nn.Linear(features, recurrent)
@@ -81,7 +79,6 @@ class RGLRU(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         h, seen = (None, None) if state is None else state
         u, seen = self.conv(self.enter(x), seen, reset)
         gates = torch.einsum("btni,nij->btnj", u.unflatten(-1, (self.blocks, -1)), self.gates) + self.gate_biases

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels import cells
 from clplat.learners.mixers.compiled import compiled
-from clplat.learners.mixers.dropout import check_fraction, drop_recurrent
+from clplat.learners.mixers.dropout import drop_recurrent
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class GRU(Mixer):
-    """One GRU layer: h = (1 - z) * n + z * h, the output is h, with one of two forms of the candidate n.
+    """GRU layer: h = (1 - z) * n + z * h, the output is h, with one of two forms of the candidate n.
 
         n = tanh(W x_t + b + r * (U h + b'))     reset_after=True: cuDNN's and torch's
         n = tanh(W x_t + b + U (r * h) + b')     reset_after=False: the paper's (arXiv 1406.1078, equation 8)
@@ -27,14 +28,11 @@ class GRU(Mixer):
         hidden: H, width of the state and of the outputs.
         reset_after: whether the reset gate r acts after the recurrent product.
         weight_drop: the fraction of U set to zero in training, one mask a call; see `LSTM`.
-
-    Raises:
-        ValueError: weight_drop outside 0..1.
     """
 
     def __init__(self, features: int, hidden: int, reset_after: bool = True, weight_drop: float = 0.0) -> None:
         super().__init__()
-        check_fraction("weight_drop", weight_drop)
+        checks.within(0, 1, below=True, weight_drop=weight_drop)
         self.width, self.reset_after, self.weight_drop = hidden, reset_after, weight_drop
         self.rnn = nn.GRU(features, hidden, batch_first=True)
 
@@ -55,7 +53,6 @@ class GRU(Mixer):
         return y, (h[0],)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One step: output [B, H] for x [B, D] and the state (h,), in constant memory."""
         (h,) = self._fresh(x) if state is None else (state[0].to(x.dtype),)
         if not self.reset_after:
             y, state = self._fused(x[:, None], h, None)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.backend import state_dtype
 from clplat.kernels.diagonal import hgrn, scan
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class LowerBounds(nn.Module):
-    """What each layer's forget gates are at least: 0 in the first layer, increasing from layer to layer, below 1.
+    """Lower bounds of each layer's forget gates: 0 in the first layer, growing from layer to layer, below 1.
 
     With P the softmax over layers of a learned matrix [layers, H], the bound of layer k (from 0) is P_1 + ... + P_k
     (Qin et al. 2023, section 3.2: the cumulative sum without its first term). The matrix starts at zero, so that bounds
@@ -21,25 +22,23 @@ class LowerBounds(nn.Module):
     Args:
         layers: number of layers.
         width: H.
-
-    Raises:
-        ValueError: either is below 1.
     """
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        if layers < 1 or width < 1:
-            raise ValueError(f"LowerBounds: got layers={layers}, width={width}; both must be at least 1.")
+        checks.at_least(1, layers=layers, width=width)
         self.layers = layers
         self.logits = nn.Parameter(torch.zeros(layers, width))
 
     def forward(self, layer: int) -> Tensor:
-        """The bound [H] of a layer, 0 <= layer < layers."""
+        """Bound [H] of a layer, 0 <= layer < layers."""
         return self.logits.softmax(0)[1 : layer + 1].sum(0)
 
 
 class HGRN(Mixer):
-    """h = f e^{i theta} h + (1 - f) c with f = bound + (1 - bound) sigmoid(W_f x); y = W_o( norm([Re h, Im h]) * g ).
+    """Gated linear recurrence with lower bounds of its forget gates.
+
+        h = f e^{i theta} h + (1 - f) c,     f = bound + (1 - bound) sigmoid(W_f x),     y = W_o( norm([Re h, Im h]) * g )
 
     The input c is complex, silu of two linear maps of x_t; theta is learned, one phase a channel; g = silu(W_g x).
 
@@ -67,8 +66,8 @@ class HGRN(Mixer):
         super().__init__()
         if bounds is not None and (not 0 <= layer < bounds.layers or bounds.logits.shape[1] != hidden):
             raise ValueError(
-                f"HGRN: got layer={layer}, hidden={hidden} and bounds of {bounds.layers} layers, width "
-                f"{bounds.logits.shape[1]}: layer must be one of them (from 0), and the width be hidden."
+                f"layer: got {layer} with hidden={hidden} and bounds of {bounds.layers} layers, width "
+                f"{bounds.logits.shape[1]}; it must be one of them (from 0), and the width be hidden."
             )
         self.width, self.layer = hidden, layer
         parts = 2 if phase else 1
@@ -83,7 +82,6 @@ class HGRN(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         bound = self.forget.weight.new_zeros(self.width) if self.bounds is None else self.bounds(self.layer)
         forget, candidate = self.forget(x), self.input(x)
         keep = None if reset is None else ~reset

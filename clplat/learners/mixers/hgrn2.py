@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import matrix_state
 from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.norms import head_width
 
 
 class HGRN2(Mixer):
-    """HGRN with a state expanded by outer products, at no more weights: what is forgotten makes room for what enters.
+    """HGRN with a matrix state of outer products, and no more weights: the key is one minus the forget gate.
 
     Qin et al., "HGRN2: Gated Linear RNNs with State Expansion" (2024, arXiv 2404.07904), section 3:
 
@@ -39,9 +40,8 @@ class HGRN2(Mixer):
 
     def __init__(self, features: int, hidden: int, heads: int = 4, lower_bound: float = 0.0) -> None:
         super().__init__()
-        head_width("hgrn2", hidden, heads)
-        if not 0 <= lower_bound < 1:
-            raise ValueError(f"hgrn2: got lower_bound={lower_bound}; it must be at least 0 and less than 1.")
+        head_width(hidden, heads)
+        checks.within(0, 1, below=True, lower_bound=lower_bound)
         self.width, self.heads, self.lower_bound = hidden, heads, lower_bound
         self.project = nn.Linear(features, 3 * hidden, bias=False)  # queries, forget gates, inputs
         self.norm = nn.RMSNorm(hidden, eps=1e-5)
@@ -50,7 +50,6 @@ class HGRN2(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (S,) after step T; arguments as for `Mixer.forward`."""
         q, f, i = (p.unflatten(-1, (self.heads, -1)) for p in self.project(x).chunk(3, -1))
         bound = self.lower_bound
         # 1 - f and log f, each without a difference of nearly equal numbers.

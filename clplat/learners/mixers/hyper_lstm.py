@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.mixers.loop import loop
 from clplat.learners.mixers.mixer import Mixer, State
 
@@ -14,7 +15,7 @@ EPS = 1e-3
 
 
 class HyperLSTM(Mixer):
-    """One layer-normalised LSTM whose rows of weights are scaled by what a second, smaller one makes of input and state.
+    """Layer-normalised LSTM with rows of weights scaled at every step by a second, smaller LSTM.
 
     With hhat the small LSTM's output on [x_t; h_{t-1}], for each gate g of i, j, f, o (section 3.2 and appendix A.2):
 
@@ -38,8 +39,7 @@ class HyperLSTM(Mixer):
 
     def __init__(self, features: int, hidden: int, size: int = 64, embedding: int = 4, normalize: bool = True) -> None:
         super().__init__()
-        if size < 1 or embedding < 1:
-            raise ValueError(f"hyper_lstm: got size={size}, embedding={embedding}; both must be at least 1.")
+        checks.at_least(1, size=size, embedding=embedding)
         self.width, self.size, self.embedding = hidden, size, embedding
         self.input = nn.Linear(features, 4 * hidden)  # its bias is b
         self.recurrent = nn.Linear(hidden, 4 * hidden, bias=False)
@@ -75,7 +75,6 @@ class HyperLSTM(Mixer):
         return loop(self._step, given, self._fresh(x) if state is None else state, reset)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One step: output [B, H] for x [B, D] and the state, in constant memory."""
         given = torch.cat([F.linear(x, self.input.weight), self.small_input(x)], -1)
         return self._step(given, self._fresh(x) if state is None else state)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.kernels import cells
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class LEM(Mixer):
-    """Two states with learned time steps, a discretised system of ordinary differential equations (equation 3):
+    """Long expressive memory: two states with learned time steps, from a system of ODEs (equation 3):
 
         g = dt sigmoid(W_1 y + V_1 x + b_1)         z' = (1 - g) z + g tanh(W_z y + V_z x + b_z)
         k = dt sigmoid(W_2 y + V_2 x + b_2)         y' = (1 - k) y + k tanh(W_y z' + V_y x + b_y)
@@ -22,15 +23,11 @@ class LEM(Mixer):
         features: D, width of the inputs.
         hidden: H, width of the states and of the outputs.
         dt: the largest time step, above 0; a hyperparameter of the paper, at most 1 there.
-
-    Raises:
-        ValueError: dt not above 0.
     """
 
     def __init__(self, features: int, hidden: int, dt: float = 1.0) -> None:
         super().__init__()
-        if not dt > 0:
-            raise ValueError(f"dt: got {dt}, it must be above 0; the paper's is at most 1.")
+        checks.above(0, "at most 1 in the paper", dt=dt)
         self.width, self.dt = hidden, dt
         self.input = nn.Linear(features, 4 * hidden)
         self.recurrent = nn.Parameter(torch.empty(4, hidden, hidden))  # [gate, in, out]: 1, 2, z, y
@@ -40,7 +37,6 @@ class LEM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         y, last = cells.lem(
             self.input(x).unflatten(-1, (1, 4, self.width)),
             self.recurrent[None],

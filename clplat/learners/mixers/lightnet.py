@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import matrix_state
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import check_sizes, head_width
+from clplat.learners.mixers.norms import head_width
 
 EMPTY = -1e30
 """Logarithm of a sum of nothing: finite, so that no difference of two of them is NaN."""
 
 
 def running_logsumexp(x: Tensor, before: Tensor, reset: Tensor) -> Tensor:
-    """log(exp(before) + sum_{s <= t} exp(x_s)) for every t, [B, T, D], over the steps since the latest reset.
+    """Running log(exp(before) + sum_{s <= t} exp(x_s)), [B, T, D], over the steps since the latest reset.
 
     Doubles the span log2(T) times, each time over the whole sequence: differences of sums, which cancel, do not occur.
 
@@ -37,7 +38,7 @@ def running_logsumexp(x: Tensor, before: Tensor, reset: Tensor) -> Tensor:
 
 
 class LightNet(Mixer):
-    """Linear attention whose decay is not multiplied but added: the memory is a mean of the past, weighted by exp(k).
+    """Linear attention with an additive decay: the memory is a mean of the past, weighted by exp(k).
 
     Qin et al., "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet" (2024,
     arXiv 2405.21022), for sequences of one dimension. With q = swish(W_q x), k = W_k x, v = W_v x:
@@ -64,8 +65,8 @@ class LightNet(Mixer):
 
     def __init__(self, features: int, hidden: int, heads: int = 4, gate_rank: int = 32) -> None:
         super().__init__()
-        head_width("lightnet", hidden, heads)
-        check_sizes("lightnet", gate_rank=gate_rank)
+        head_width(hidden, heads)
+        checks.at_least(1, gate_rank=gate_rank)
         self.width, self.heads = hidden, heads
         self.project = nn.Linear(features, 3 * hidden, bias=False)  # queries, keys, values
         self.gate = nn.Sequential(nn.Linear(features, gate_rank, bias=False), nn.Linear(gate_rank, hidden, bias=False))
@@ -75,7 +76,6 @@ class LightNet(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         q, k, v = self.project(x).chunk(3, -1)
         k = k.to(torch.promote_types(k.dtype, torch.float32))
         if reset is None:

@@ -1,4 +1,4 @@
-"""Sliding-window attention (Beltagy, Peters & Cohan 2020) with rotary positions: memory and cost a step are constant.
+"""Sliding-window attention (Beltagy, Peters & Cohan 2020) with rotary positions; a step costs the same at any time.
 
 Letters: B batch, T time, S keys a block of queries sees, W window, D features, H hidden, N heads, M key heads,
 d = H / N features a head.
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.mixers.attention import rotate
 from clplat.learners.mixers.mixer import Mixer, State
+from clplat.learners.mixers.norms import head_width
 
 
 class LocalAttention(Mixer):
-    """Causal attention in which each step sees itself and the window - 1 steps before it, without biases.
+    """Causal attention over the current step and the window - 1 steps before it, without biases.
 
     Iz Beltagy, Matthew Peters, Arman Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv 2004.05150; with
     one key head for all queries (Shazeer 2019) the local attention of Griffin (De et al. 2024, arXiv 2402.19427,
@@ -50,15 +52,10 @@ class LocalAttention(Mixer):
         base: float = 10_000.0,
     ) -> None:
         super().__init__()
-        if heads < 1 or hidden % (2 * heads):
-            raise ValueError(
-                f"LocalAttention: got hidden={hidden} and heads={heads}; hidden must be a multiple of 2 * heads "
-                "(rotary positions turn pairs of features): change either."
-            )
+        head_width(hidden, heads, parts=2)  # rotary positions turn pairs of features
         if key_heads < 1 or heads % key_heads:
-            raise ValueError(f"LocalAttention: got key_heads={key_heads}, it must be a divisor of heads={heads}.")
-        if window < 1:
-            raise ValueError(f"LocalAttention: got window={window}, it must be at least 1 (the current step).")
+            raise ValueError(f"key_heads: got {key_heads} with heads={heads}; it must divide heads: change either.")
+        checks.at_least(1, "the current step", window=window)
         self.width, self.heads, self.window, self.key_heads, self.base = hidden, heads, window, key_heads, base
         self.queries = nn.Linear(features, hidden, bias=False)
         self.keys_values = nn.Linear(features, 2 * key_heads * (hidden // heads), bias=False)
@@ -67,7 +64,6 @@ class LocalAttention(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         rows, steps, _ = x.shape
         before, time = self.window - 1, torch.arange(x.shape[1], device=x.device)
         q = self.queries(x).unflatten(-1, (self.heads, -1))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.kernels import cells
-from clplat.learners.mixers.dropout import check_fraction
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class LowRankLSTM(Mixer):
-    """An LSTM layer (see `LSTM`) whose four recurrent matrices are U_g V_g + diag(s_g), of rank r plus a diagonal.
+    """LSTM layer with recurrent matrices U_g V_g + diag(s_g), of rank r plus a diagonal; see `LSTM`.
 
     2 r H + H weights a gate in place of H^2: the state can be wide where weights are few. The matrices are formed once
     a call, so a step costs what it costs in an LSTM of the same width. The state is (h, c), both [B, H].
@@ -26,9 +26,6 @@ class LowRankLSTM(Mixer):
         diagonal: False leaves out s.
         forget_bias: added to the bias of the forget gate at initialisation.
         weight_drop: the fraction of the entries of the matrices set to zero in training, one mask a call; see `LSTM`.
-
-    Raises:
-        ValueError: a rank below 1; weight_drop outside 0..1.
     """
 
     def __init__(
@@ -41,9 +38,8 @@ class LowRankLSTM(Mixer):
         weight_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank: got {rank}, it must be at least 1.")
-        check_fraction("weight_drop", weight_drop)
+        checks.at_least(1, rank=rank)
+        checks.within(0, 1, below=True, weight_drop=weight_drop)
         self.width = hidden
         self.drop = nn.Dropout(weight_drop)
         self.input = nn.Linear(features, 4 * hidden)
@@ -55,14 +51,13 @@ class LowRankLSTM(Mixer):
             self.input.bias[hidden : 2 * hidden] += forget_bias
 
     def matrices(self) -> Tensor:
-        """The recurrent matrices [4, H, H], as [gate, out, in]."""
+        """Recurrent matrices [4, H, H], as [gate, out, in]."""
         product = self.left @ self.right
         return product if self.diagonal is None else product + torch.diag_embed(self.diagonal)
 
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         y, last = cells.lstm(
             self.input(x).unflatten(-1, (1, 4, self.width)),
             self.drop(self.matrices()).transpose(1, 2)[None],

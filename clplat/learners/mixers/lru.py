@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.backend import state_dtype
 from clplat.kernels.diagonal import constant_scan
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class LRU(Mixer):
-    """h = lambda * h + gamma * (B u), y = Re(C h) + skip * u, then glu(W gelu(y)); u is the input, or linear in it.
+    """Linear recurrence h = lambda * h + gamma * (B u), y = Re(C h) + skip * u, then glu(W gelu(y)).
+
+    u is the input, or linear in it.
 
     Antonio Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", 2023, arXiv 2303.06349, section
     3 and appendix A: lambda = exp(-exp(nu) + i exp(theta)) is stable by construction and starts uniform on the ring
@@ -52,12 +55,11 @@ class LRU(Mixer):
     ) -> None:
         super().__init__()
         states = hidden if states is None else states
-        if states < 1:
-            raise ValueError(f"LRU: got states={states}, it must be at least 1, or None for hidden.")
+        checks.at_least(1, "null is hidden", states=states)
         if not 0 <= r_min < r_max <= 1:
-            raise ValueError(f"LRU: got r_min={r_min} and r_max={r_max}, allowed is 0 <= r_min < r_max <= 1.")
+            raise ValueError(f"r_min: got {r_min} with r_max={r_max}; allowed is 0 <= r_min < r_max <= 1.")
         if not 0 < max_phase <= 2 * math.pi:
-            raise ValueError(f"LRU: got max_phase={max_phase}, it must be above 0 and at most 2 pi.")
+            raise ValueError(f"max_phase: got {max_phase}, it must be above 0 and at most 2 pi.")
         self.width = hidden
         self.enter = nn.Linear(features, hidden) if features != hidden else None
         # Uniform on the ring, by area. Neither end is drawn: log log 1 and log 0 are infinite.
@@ -73,7 +75,6 @@ class LRU(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         u = x if self.enter is None else self.enter(x)
         wide = state_dtype(x)
         decay = torch.polar(torch.exp(-torch.exp(self.nu.to(wide))), torch.exp(self.theta.to(wide)))

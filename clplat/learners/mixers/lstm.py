@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels import cells
-from clplat.learners.mixers.dropout import check_fraction, drop_recurrent
+from clplat.learners.mixers.dropout import drop_recurrent
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class LSTM(Mixer):
-    """One LSTM layer: c = f * c + i * g, h = o * tanh(c), gates from W x_t + U h + b; the output is h.
+    """LSTM layer: c = f * c + i * g, h = o * tanh(c), gates from W x_t + U h + b; the output is h.
 
     The state is (h, c), both [B, H], after the last of the T steps, padding included; padding at the end changes no
     output at a valid step. Weights are those of `nn.LSTM`, gates in the order i, f, g, o.
@@ -29,14 +30,11 @@ class LSTM(Mixer):
         forget_bias: added to the bias of the forget gate at initialisation. 0 is torch's own initialisation; 1 keeps
             the memory longer at the start of training (Gers et al. 2000; Jozefowicz et al. 2015).
         weight_drop: the fraction of U set to zero, in 0..1 without 1.
-
-    Raises:
-        ValueError: weight_drop outside 0..1.
     """
 
     def __init__(self, features: int, hidden: int, forget_bias: float = 0.0, weight_drop: float = 0.0) -> None:
         super().__init__()
-        check_fraction("weight_drop", weight_drop)
+        checks.within(0, 1, below=True, weight_drop=weight_drop)
         self.width, self.weight_drop = hidden, weight_drop
         self.rnn = nn.LSTM(features, hidden, batch_first=True)
         bias = self.rnn.all_weights[0][2]  # weights in the order W, U, b of W, b of U
@@ -46,7 +44,6 @@ class LSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h, c) after step T; arguments as for `Mixer.forward`."""
         h, c = self._fresh(x) if state is None else (s.to(x.dtype) for s in state)
         if reset is not None:
             w, u, bw, bu = self._weights()
@@ -58,7 +55,6 @@ class LSTM(Mixer):
         return y, (h, c)
 
     def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One step: output [B, H] for x [B, D] and the state (h, c), in constant memory."""
         h, c = self._fresh(x) if state is None else (s.to(x.dtype) for s in state)
         h, c = torch.lstm_cell(x, (h, c), *self._weights())
         return h, (h, c)

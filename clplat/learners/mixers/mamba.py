@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.selective import selective_scan
 from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.shift import CausalConv
 
 
 class Mamba(Mixer):
-    """Mamba's block without its norm and residual: projection, short convolution, selective scan, gate, projection.
+    """Mamba's block without norm and residual: projection, convolution, selective scan, gate, projection.
 
     With E = expand * H channels and S states a channel (section 3.4, figure 3; algorithm 2):
 
@@ -51,13 +52,10 @@ class Mamba(Mixer):
         dt_max: float = 0.1,
     ) -> None:
         super().__init__()
-        if min(states, expand, conv) < 1 or rank < 0:
-            raise ValueError(
-                f"Mamba: got states={states}, expand={expand}, conv={conv}, rank={rank}; they must be at least 1, "
-                "rank at least 0 (0 chooses it)."
-            )
+        checks.at_least(1, states=states, expand=expand, conv=conv)
+        checks.at_least(0, "0 chooses it", rank=rank)
         if not 0 < dt_min <= dt_max:
-            raise ValueError(f"Mamba: got dt_min={dt_min}, dt_max={dt_max}; they must be 0 < dt_min <= dt_max.")
+            raise ValueError(f"dt_min: got {dt_min} with dt_max={dt_max}; allowed is 0 < dt_min <= dt_max.")
         inner = expand * hidden
         self.width, self.inner, self.states, self.rank = hidden, inner, states, rank or math.ceil(hidden / 16)
         self.project = nn.Linear(features, 2 * inner, bias=False)  # u, z
@@ -75,7 +73,6 @@ class Mamba(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         seen, memory = (None, None) if state is None else (state[0], state[1:])
         u, z = self.project(x).chunk(2, -1)
         u, seen = self.conv(u, seen, reset)

@@ -1,4 +1,4 @@
-"""Minimal GRU (Feng et al. 2024): gates that do not see the state, so that all steps run as one linear recurrence."""
+"""Minimal GRU (Feng et al. 2024): gates do not see the state, so all steps are one linear recurrence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clplat.learners.mixers.mixer import Mixer, State
 
 
 class MinGRU(Mixer):
-    """One minGRU layer: h = (1 - z) * h + z * candidate with z = sigmoid(W_z x_t + b_z), candidate = W_h x_t + b_h.
+    """MinGRU layer: h = (1 - z) * h + z * candidate, z = sigmoid(W_z x_t + b_z), candidate = W_h x_t + b_h.
 
     Leo Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201, section 3.1; the output is h. The state is
     (h,), [B, H], after the last of the T steps, padding included; a fresh one is zero. Weights start as those of
@@ -32,12 +32,11 @@ class MinGRU(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         gate, candidate = self.project(x).chunk(2, -1)
         candidate = positive(candidate) if self.positive else candidate
         return min_gru(gate, candidate, state, None if reset is None else ~reset)
 
 
 def positive(x: Tensor) -> Tensor:
-    """x + 0.5 where x is at least 0, sigmoid(x) elsewhere: above 0, continuous and increasing (appendix B.3)."""
+    """Positive map: x + 0.5 where x >= 0, sigmoid(x) elsewhere; continuous, increasing (appendix B.3)."""
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))

@@ -1,4 +1,4 @@
-"""Minimal LSTM (Feng et al. 2024): gates that do not see the state, so that all steps run as one linear recurrence."""
+"""Minimal LSTM (Feng et al. 2024): gates do not see the state, so all steps are one linear recurrence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clplat.learners.mixers.mixer import Mixer, State
 
 
 class MinLSTM(Mixer):
-    """One minLSTM layer: h = f / (f + i) * h + i / (f + i) * candidate, f and i sigmoids, all three linear in x_t.
+    """MinLSTM layer: h = f / (f + i) * h + i / (f + i) * candidate, f and i sigmoids, linear in x_t.
 
     Leo Feng et al., "Were RNNs All We Needed?", 2024, arXiv 2410.01201, section 3.2, with the gates normalised to sum
     to one; the output is h. The state is (h,), [B, H], after the last of the T steps, padding included; a fresh one is
@@ -37,7 +37,6 @@ class MinLSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (h,) after step T; arguments as for `Mixer.forward`."""
         forget, admit, candidate = self.project(x).chunk(3, -1)
         candidate = positive(candidate) if self.positive else candidate
         return min_lstm(forget, admit, candidate, state, None if reset is None else ~reset)

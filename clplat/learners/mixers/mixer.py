@@ -1,4 +1,6 @@
-"""The contract of a mixer, the part of a block that mixes information over time.
+"""Contract of a mixer, the part of a block that mixes information over time.
+
+Its state, tensors [B, ...], goes in and comes out, and is never kept in the module.
 
 Laws, tested for every mixer in one place: parallel equals step by step; a sequence cut in two with the state handed
 over equals the whole; `reset[b, t]` starts a fresh sequence at t; no output depends on a later input (unless the
@@ -13,8 +15,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-State = tuple[Tensor, ...]
-"""What a mixer remembers: tensors [B, ...]. It goes in and comes out, and is never kept in the module."""
+from clplat.kernels.backend import State as State
 
 
 class Mixer(nn.Module):

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import mlstm
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import HeadNorm, check_sizes, head_width
+from clplat.learners.mixers.norms import HeadNorm, head_width
 from clplat.learners.mixers.shift import CausalConv
 
 
 class MLSTM(Mixer):
-    """The inside of an mLSTM block with its up- and down-projection; the residual and the norm before it are the net's.
+    """Inside of an mLSTM block, projections included; the residual and the norm before it are the net's.
 
     Beck et al., "xLSTM: Extended Long Short-Term Memory" (2024, arXiv 2405.04517), section 2.3 and the figure of the
     mLSTM block in the appendix. With E = expansion * H:
@@ -60,13 +61,11 @@ class MLSTM(Mixer):
         depth: int = 2,
     ) -> None:
         super().__init__()
-        check_sizes("mlstm", expansion=expansion, block=block, depth=depth)
+        checks.at_least(1, expansion=expansion, block=block, depth=depth)
         inner = expansion * hidden
-        head_width("mlstm with its expansion", inner, heads)
+        head_width(inner, heads, name="expansion * hidden")
         if inner % block:
-            raise ValueError(
-                f"mlstm: got expansion * hidden = {inner} and block={block}; the first must be a multiple of the second."
-            )
+            raise ValueError(f"block: got {block} with expansion * hidden={inner}; it must divide that: change either.")
         self.width, self.heads, self.block = hidden, heads, block
         self.up = nn.Linear(features, 2 * inner, bias=False)
         self.conv = CausalConv(inner, conv)
@@ -88,7 +87,6 @@ class MLSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         u, z = self.up(x).chunk(2, -1)
         seen, last = self.conv(u, None if state is None else state[3], reset)
         c = F.silu(seen)

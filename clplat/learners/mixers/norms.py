@@ -1,4 +1,4 @@
-"""What mixers with heads share: widths that fit, vectors of length 1, and a normalisation of each head on its own.
+"""Helpers of mixers with heads: their width, vectors of length 1, normalisation of each head.
 
 Letters: B batch, T time, N heads, V features a head.
 """
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def head_width(name: str, hidden: int, heads: int, parts: int = 1) -> int:
-    """hidden / heads.
+def head_width(hidden: int, heads: int, parts: int = 1, name: str = "hidden") -> int:
+    """Width of a head, hidden / heads.
 
     Args:
-        name: of the mixer, for the message.
         hidden: width to divide.
         heads: N.
         parts: what the width of a head has to be a multiple of.
+        name: of the width, for the message.
 
     Raises:
         ValueError: `hidden` is not a positive multiple of parts * heads.
@@ -25,30 +25,19 @@ def head_width(name: str, hidden: int, heads: int, parts: int = 1) -> int:
     if heads < 1 or hidden < 1 or hidden % (parts * heads):
         factor = f"{parts} * heads" if parts > 1 else "heads"
         raise ValueError(
-            f"{name}: got hidden={hidden} and heads={heads}; hidden must be a multiple of {factor}: change either."
+            f"heads: got {heads} with {name}={hidden}; {name} must be a multiple of {factor}: change either."
         )
     return hidden // heads
 
 
-def check_sizes(name: str, **sizes: int) -> None:
-    """Refuse sizes below 1.
-
-    Raises:
-        ValueError: naming the first such size.
-    """
-    for size, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {size}={value}; it must be at least 1.")
-
-
 def unit(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(|x|^2 + eps) over the last dimension: length 1, and smooth at 0, where x / |x| is not."""
+    """Vectors of length 1: x / sqrt(|x|^2 + eps) over the last dimension, smooth at 0, where x / |x| is not."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class HeadNorm(nn.Module):
-    """Group normalisation with one group a head: each head's features to mean 0 and variance 1, [..., N, V] to itself.
+    """Group normalisation with one group a head: mean 0 and variance 1 of its features, [..., N, V] to itself.
 
     Args:
         heads: N.

@@ -1,4 +1,4 @@
-"""The LSTM with peepholes and its eight variants of "LSTM: a search space odyssey" (Greff et al. 2017)."""
+"""LSTM with peepholes and its eight variants of "LSTM: a search space odyssey" (Greff et al. 2017)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels import cells
 from clplat.learners.mixers.mixer import Mixer, State
 
 
 class OdysseyLSTM(Mixer):
-    """One LSTM layer in any of the variants of Greff, Srivastava, Koutnik, Steunebrink & Schmidhuber 2017.
+    """LSTM layer in any variant of Greff, Srivastava, Koutnik, Steunebrink & Schmidhuber 2017.
 
         i = sigmoid(W_i x + R_i h + p_i * c + b_i)        f = sigmoid(W_f x + R_f h + p_f * c + b_f)
         z = tanh(W_z x + R_z h + b_z)                     c' = f * c + i * z
@@ -62,8 +63,7 @@ class OdysseyLSTM(Mixer):
             raise ValueError(
                 "full_gate_recurrence: got true with a missing or coupled gate; it needs all three: change either."
             )
-        if not init_std >= 0:
-            raise ValueError(f"init_std: got {init_std}, it must be at least 0.")
+        checks.at_least(0, init_std=init_std)
         self.width, self.coupled = hidden, coupled
         self.input_gate, self.forget_gate, self.output_gate = input_gate, forget_gate, output_gate
         self.input_activation, self.output_activation = input_activation, output_activation
@@ -84,7 +84,6 @@ class OdysseyLSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         gates = _spread(self.input(x).unflatten(-1, (-1, self.width)), self.rows)
         y, last = cells.lstm(
             gates[:, :, None],

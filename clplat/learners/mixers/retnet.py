@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import matrix_state
 from clplat.learners.mixers.attention import rotate
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import HeadNorm, check_sizes, head_width
+from clplat.learners.mixers.norms import HeadNorm, head_width
 
 
 class RetNet(Mixer):
@@ -41,8 +42,8 @@ class RetNet(Mixer):
 
     def __init__(self, features: int, hidden: int, heads: int = 4, expansion: int = 2, base: float = 10_000.0) -> None:
         super().__init__()
-        head_width("retnet", hidden, heads, parts=2)
-        check_sizes("retnet", expansion=expansion)
+        head_width(hidden, heads, parts=2)
+        checks.at_least(1, expansion=expansion)
         self.width, self.heads, self.base = hidden, heads, base
         self.sizes = [hidden, hidden, expansion * hidden, expansion * hidden]
         self.project = nn.Linear(features, sum(self.sizes), bias=False)  # queries, keys, values, gate
@@ -56,13 +57,12 @@ class RetNet(Mixer):
 
     @property
     def gamma(self) -> Tensor:
-        """The decays [N], in single precision at least."""
+        """Decays [N], in single precision at least."""
         return 1 - 2.0 ** -self.exponent.to(torch.promote_types(self.out.weight.dtype, torch.float32))
 
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (S,) after step T; arguments as for `Mixer.forward`."""
         steps = x.shape[1]
         q, k, v, gate = (p.unflatten(-1, (self.heads, -1)) for p in self.project(x).split(self.sizes, -1))
         position = torch.arange(1, steps + 1, device=x.device)[:, None]

@@ -1,10 +1,11 @@
-"""The time mixing of RWKV-4 (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048)."""
+"""Time mixing of RWKV-4 (Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", arXiv 2305.13048)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
 from clplat.kernels.wkv import wkv
 from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.shift import shifted
@@ -32,15 +33,11 @@ class RWKV4(Mixer):
         depth: of the layer, 0 for the first to 1 for the last: sets decays and mu at initialisation. (The code divides
             by the number of layers for mu, by one less for decays; one number stands for both here.)
         zero: False draws W_r, W_k and W_o as `nn.Linear` does; needed where there is no residual branch around.
-
-    Raises:
-        ValueError: `depth` outside 0..1.
     """
 
     def __init__(self, features: int, hidden: int, depth: float = 0.0, zero: bool = True) -> None:
         super().__init__()
-        if not 0 <= depth <= 1:
-            raise ValueError(f"RWKV4: got depth={depth}, it must be in 0..1, the layer's index over the last one's.")
+        checks.within(0, 1, "the layer's index over the last one's", depth=depth)
         self.width = hidden
         feature = torch.arange(features) / features
         channel = torch.arange(hidden)
@@ -61,7 +58,6 @@ class RWKV4(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         last, memory = (None, None) if state is None else (state[0], state[1:])
         before, last = shifted(x, last, reset)
         r, k, v = (

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.matrix_state import matrix_state
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import HeadNorm, check_sizes, head_width
+from clplat.learners.mixers.norms import HeadNorm, head_width
 from clplat.learners.mixers.shift import shifted
 
 
 class RWKV6(Mixer):
-    """Time mixing of Finch: token shift by the input, a decay for every key feature and step, and a bonus for now.
+    """Time mixing of Finch: token shift by the input, a decay for every key feature, a bonus for now.
 
     Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (2024, arXiv 2404.05892),
     section 4. With d_t = x_{t-1} - x_t (x_0 is 0), for each of w, k, v, r, g:
@@ -54,10 +55,9 @@ class RWKV6(Mixer):
         place: float = 0.0,
     ) -> None:
         super().__init__()
-        key = head_width("rwkv6", hidden, heads)
-        check_sizes("rwkv6", mix_rank=mix_rank, decay_rank=decay_rank)
-        if not 0 <= place < 1:
-            raise ValueError(f"rwkv6: got place={place}; it must be at least 0 (first layer) and less than 1 (last).")
+        key = head_width(hidden, heads)
+        checks.at_least(1, mix_rank=mix_rank, decay_rank=decay_rank)
+        checks.within(0, 1, "from the first layer to the last", below=True, place=place)
         self.width, self.heads = hidden, heads
         self.receptance, self.key, self.value, self.gate = (nn.Linear(features, hidden, bias=False) for _ in range(4))
         self.norm = HeadNorm(heads, key, eps=64e-5)
@@ -80,7 +80,6 @@ class RWKV6(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         previous, last = shifted(x, None if state is None else state[1], reset)
         apart = previous - x
         low = torch.tanh((x + apart * self.mix) @ self.mix_down).unflatten(-1, (5, -1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.backend import state_dtype
 from clplat.kernels.diagonal import constant_scan
 from clplat.learners.mixers.mixer import Mixer, State
@@ -18,11 +19,11 @@ from clplat.learners.mixers.mixer import Mixer, State
 INITIALISATIONS = ("lin", "inv", "real")
 DISCRETISATIONS = ("zoh", "bilinear")
 CHUNK = 32
-"""L: within a chunk the convolution is a matrix product with L^2 / 2 useful products a channel."""
+"""Chunk length L: within a chunk the convolution is a matrix product with L^2 / 2 useful products a channel."""
 
 
 class S4D(Mixer):
-    """N complex oscillators a channel: s' = A s + u in continuous time, y = 2 Re(C s) + skip * u, then glu(W gelu(y)).
+    """State space of N complex oscillators a channel: s' = A s + u, y = 2 Re(C s) + skip * u, glu.
 
     Albert Gu, Ankit Gupta, Karan Goel, Christopher Re, "On the Parameterization and Initialization of Diagonal State
     Space Models", 2022, arXiv 2206.11893. Sampled with the channel's step dt, s_t = a s_{t-1} + b u_t with
@@ -68,14 +69,11 @@ class S4D(Mixer):
         glu: bool = True,
     ) -> None:
         super().__init__()
-        if init not in INITIALISATIONS:
-            raise ValueError(f"S4D: got init={init!r}, allowed are 'lin', 'inv' and 'real'.")
-        if discretisation not in DISCRETISATIONS:
-            raise ValueError(f"S4D: got discretisation={discretisation!r}, allowed are 'zoh' and 'bilinear'.")
-        if states < 1:
-            raise ValueError(f"S4D: got states={states}, it must be at least 1.")
+        checks.one_of("init", init, INITIALISATIONS)
+        checks.one_of("discretisation", discretisation, DISCRETISATIONS)
+        checks.at_least(1, states=states)
         if not 0 < dt_min <= dt_max:
-            raise ValueError(f"S4D: got dt_min={dt_min} and dt_max={dt_max}, allowed is 0 < dt_min <= dt_max.")
+            raise ValueError(f"dt_min: got {dt_min} with dt_max={dt_max}; allowed is 0 < dt_min <= dt_max.")
         self.width, self.states, self.discretisation = hidden, states, discretisation
         self.enter = nn.Linear(features, hidden) if features != hidden else None
         n = torch.arange(states, dtype=torch.float64)
@@ -95,7 +93,6 @@ class S4D(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state (s,) after step T; arguments as for `Mixer.forward`."""
         u = x if self.enter is None else self.enter(x)
         wide = state_dtype(x)
         v, (log_a, b), c = u.to(wide), self._sampled(wide), 2 * torch.view_as_complex(self.c.to(wide))
@@ -108,7 +105,7 @@ class S4D(Mixer):
     def _recur(
         self, v: Tensor, log_a: Tensor, b: Tensor, c: Tensor, s: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """y [B, T, H] and the last states [B, H N], of inputs in single precision at least."""
+        """Outputs y [B, T, H] and the last states [B, H N], of inputs in single precision at least."""
         if reset is not None:
             y, s = self._by_step(v, log_a, b, c, s, ~reset)
         elif v.shape[1] <= CHUNK:
@@ -122,7 +119,7 @@ class S4D(Mixer):
         return y, s
 
     def _sampled(self, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        """log a and b [H, N], complex."""
+        """Complex log a and b [H, N]."""
         exponent = torch.complex(-self.log_decay.to(wide).exp(), self.frequency.to(wide))
         dt = self.log_dt.to(wide).exp()[:, None]
         if self.discretisation == "zoh":

@@ -1,4 +1,4 @@
-"""What looks a fixed number of steps back: causal depthwise convolution and token shift, with states and resets.
+"""Causal depthwise convolution and token shift, with states and resets.
 
 Letters: B batch, T time, D features, S steps that a convolution sees.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from clplat import checks
+
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over time: y_t = b + sum_{j=0}^{S-1} w_{S-1-j} * x_{t-j}, each feature on its own.
+    """Causal convolution of each feature on its own: y_t = b + sum_{j=0}^{S-1} w_{S-1-j} * x_{t-j}.
 
     Steps before the start of a sequence count as zeros. Weights start as those of `nn.Conv1d` do: uniform within
     1/sqrt(S). The weight is [D, S], its last column that of the current step.
@@ -19,15 +21,11 @@ class CausalConv(nn.Module):
         width: D.
         size: S, the current step included.
         bias: False leaves out b.
-
-    Raises:
-        ValueError: a width or a size below 1.
     """
 
     def __init__(self, width: int, size: int = 4, bias: bool = True) -> None:
         super().__init__()
-        if width < 1 or size < 1:
-            raise ValueError(f"CausalConv: got width={width}, size={size}; both must be at least 1.")
+        checks.at_least(1, width=width, size=size)
         self.width, self.size = width, size
         bound = size**-0.5
         self.weight = nn.Parameter(torch.empty(width, size).uniform_(-bound, bound))
@@ -68,7 +66,7 @@ class CausalConv(nn.Module):
 
 
 def shifted(x: Tensor, last: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Token shift: x_{t-1} for every t, [B, T, D], zero where a sequence starts; and the last input, [B, D].
+    """Token shift: x_{t-1} for every t, [B, T, D], zero where a sequence starts; and the last input [B, D].
 
     Args:
         x: [B, T, D].

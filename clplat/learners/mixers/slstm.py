@@ -1,4 +1,4 @@
-"""sLSTM (Beck et al. 2024, arXiv 2405.04517): an LSTM with exponential gates, a normaliser and memory mixing by heads."""
+"""sLSTM (Beck et al. 2024, arXiv 2405.04517): exponential gates, a normaliser, memory mixing by heads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels import cells
 from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.shift import CausalConv
 
 
 class SLSTM(Mixer):
-    """The sLSTM of an xLSTM block: convolution, gates, recurrence, normalisation of each head.
+    """sLSTM of an xLSTM block: convolution, gates, recurrence, normalisation of each head.
 
         x' = swish(conv(x))
         i, f from W x' + R h + b, z, o from W x + R h + b             (R block-diagonal, one block a head)
@@ -59,15 +60,14 @@ class SLSTM(Mixer):
         super().__init__()
         if heads < 1 or hidden % heads or (headwise and features % heads):
             raise ValueError(
-                f"SLSTM: got features={features}, hidden={hidden}, heads={heads}, headwise={headwise}; hidden must be "
+                f"heads: got {heads} with features={features}, hidden={hidden}, headwise={headwise}; hidden must be "
                 "a multiple of heads, and features too with headwise: change one of them."
             )
-        if conv < 0:
-            raise ValueError(f"conv: got {conv}, it must be at least 0 (0 is no convolution).")
-        if len(forget_bias) != 2 or not forget_power > 0:
+        checks.at_least(0, "0 is no convolution", conv=conv)
+        checks.above(0, forget_power=forget_power)
+        if len(forget_bias) != 2:
             raise ValueError(
-                f"SLSTM: got forget_bias={[*forget_bias]}, forget_power={forget_power}; allowed are two biases, of the "
-                "first and the last feature of a head, and a power above 0."
+                f"forget_bias: got {[*forget_bias]}; give two, of the first and the last feature of a head."
             )
         self.width, self.heads = hidden, heads
         d, blocks = hidden // heads, heads if headwise else 1
@@ -87,7 +87,6 @@ class SLSTM(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         cell = None if state is None else tuple(s.unflatten(1, (self.heads, -1)) for s in state[:4])
         convolved, seen = x, ()
         if self.conv is not None:

@@ -1,4 +1,4 @@
-"""The neural memory of Titans (Behrouz et al. 2024) with one matrix a head: gradient descent with momentum as a layer."""
+"""Neural memory of Titans (Behrouz et al. 2024), one matrix a head: gradient descent with momentum as a layer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.kernels.delta import titans
 from clplat.learners.mixers.mixer import Mixer, State
-from clplat.learners.mixers.norms import check_sizes, head_width, unit
+from clplat.learners.mixers.norms import head_width, unit
 from clplat.learners.mixers.shift import CausalConv
 
 
 class Titans(Mixer):
-    """A memory M that learns k -> v at test time, by gradient descent with momentum and weight decay.
+    """Memory M, fitted to k -> v at test time by gradient descent with momentum and weight decay.
 
     Behrouz, Zhong & Mirrokni, "Titans: Learning to Memorize at Test Time" (2024, arXiv 2501.00663), section 3.1
     for a linear memory, and section 4.4 for the convolutions, normalisations and gate:
@@ -56,8 +57,8 @@ class Titans(Mixer):
         rate_bias: float = 0.0,
     ) -> None:
         super().__init__()
-        key = head_width("titans", hidden, heads)
-        check_sizes("titans", conv=conv)
+        key = head_width(hidden, heads)
+        checks.at_least(1, conv=conv)
         self.width, self.heads = hidden, heads
         self.project = nn.Linear(features, 3 * hidden, bias=False)  # queries, keys, values
         self.conv = CausalConv(3 * hidden, conv, bias=False)
@@ -72,7 +73,6 @@ class Titans(Mixer):
     def forward(
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """Outputs [B, T, H] for x [B, T, D] and the state after step T; arguments as for `Mixer.forward`."""
         seen, last = self.conv(self.project(x), None if state is None else state[2], reset)
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in F.silu(seen).chunk(3, -1))
         alpha, eta, theta = torch.sigmoid(self.rates(x)).chunk(3, -1)
