@@ -198,7 +198,7 @@ def test_cuts_hand_over_states_and_resets(name: str) -> None:
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @each_sequence_net
 def test_padded_rows_give_what_they_give_alone(name: str, pooling: str) -> None:
-    net = build(name, replace(FLOATS, steps=None), pooling=pooling)
+    net = build(name, replace(FLOATS, length=None), pooling=pooling)
     batch = batch_of(FLOATS)
     lengths = torch.tensor([7, 1, 3, 7, 6])
     batch.x[torch.arange(T) >= lengths[:, None]] = 1e3
@@ -322,7 +322,7 @@ def test_an_mlp_refuses_what_it_cannot_read() -> None:
     with pytest.raises(ValueError, match=r"target at every step.*learner=lstm"):
         mlp(replace(FLOATS, per_step=True), shared)
     with pytest.raises(ValueError, match=r"lengths differ.*learner=lstm"):
-        mlp(replace(FLOATS, steps=None), shared)
+        mlp(replace(FLOATS, length=None), shared)
     net, batch = build("mlp"), batch_of(FLOATS)
     with pytest.raises(ValueError, match="got lengths"):
         net(replace(batch, lengths=torch.full((B,), T)))

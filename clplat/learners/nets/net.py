@@ -18,7 +18,6 @@ from clplat.streams.experience import Batch
 from clplat.streams.inputs import Inputs
 
 
-
 @dataclass(frozen=True, slots=True)
 class Output:
     """Output of a learner for a batch.
