@@ -5,6 +5,19 @@
 | `reference` | a plain loop over time in torch, differentiated by autograd: the definition, and the oracle of the tests | anywhere |
 | `cpu` | kernels compiled by numba, or the fastest form in torch where there is no numba | CPU tensors |
 | `triton` | Triton kernels | CUDA tensors; CPU tensors under Triton's interpreter |
+
+Arguments that all recurrences share, besides their inputs:
+
+- `initial_state`: the state before the first step, a tuple of tensors [B, ...]; None for a fresh one;
+- `reset` [B, T], bool or 0/1: where it is 1 a fresh sequence starts, and what was before that step is forgotten;
+- `reverse`: from the last step to the first, with the final state after step 0; equal to flipping time in inputs, reset
+  and outputs;
+- `backend`: one of the table, or None for the fastest that the tensor's device and dtype have.
+
+All return outputs [B, T, ...] in the dtype of their inputs and the state after the last step, in float32 (float64 for
+float64 inputs). They raise ValueError for shapes, dtypes and back ends that do not fit, and for no time step (T = 0).
+
+Letters: B batch, T time.
 """
 
 from __future__ import annotations
@@ -57,6 +70,12 @@ def choose(backend: str | None, x: Tensor) -> str:
     if backend == "triton" and not HAS_TRITON:
         raise ValueError("backend='triton': the package triton is not installed (pip install triton).")
     return backend
+
+
+def choose_compiled(backend: str | None, x: Tensor) -> str:
+    """As `choose`, for an op that has nothing but numba on CPUs: without numba it is the reference there."""
+    chosen = choose(backend, x)
+    return "reference" if chosen == "cpu" and not HAS_NUMBA else chosen
 
 
 def _transformed() -> bool:

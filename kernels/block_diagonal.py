@@ -1,18 +1,18 @@
 """The linear recurrence with small dense blocks on the diagonal of its transition, each step its own.
 
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`.
+
 Letters: B batch, T time, N blocks, b rows and columns of a block.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from clplat.kernels import backend as backends
-from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes
-from clplat.kernels.backend import State, choose, state_dtype
+from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes, widened
+from clplat.kernels.backend import State, choose_compiled
+from clplat.kernels.custom_op import register
 
 LARGEST = 8
 """The largest block: a block's state is kept in registers."""
@@ -22,7 +22,7 @@ def block_scan(
     a: Tensor,
     u: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -38,16 +38,10 @@ def block_scan(
         a: A [B, T, N, b, b], row by row: (A h)_i = sum_j A[i, j] h_j; b at most 8. Column norms (1-norm, and close
             above it) of at most 1 keep h bounded.
         u: [B, T, N, b].
-        initial_state: (h [B, N, b],), None for zeros.
-        keep: [B, T], 0 where the state is fresh before the step.
-        reverse: from the last step to the first.
-        backend: see `clplat.kernels.backend`.
+        initial_state: (h [B, N, b],); fresh is 0.
 
     Returns:
         h [B, T, N, b] in the dtype of u, and (h,) after the last step.
-
-    Raises:
-        ValueError: shapes that do not fit, a block above 8, no time step, a back end that cannot run here.
     """
     if a.ndim != 5 or a.shape[-1] != a.shape[-2]:
         raise ValueError(f"block_scan: a has shape {list(a.shape)}, it must be [B, T, N, b, b]: square blocks.")
@@ -55,15 +49,12 @@ def block_scan(
     if not 1 <= known["b"] <= LARGEST:
         raise ValueError(f"block_scan: got blocks of {known['b']}, allowed is 1..{LARGEST}: take more, smaller blocks.")
     (h,) = first_state("block_scan", initial_state, u, known, {"h": ("B N b", 0.0)})
-    mask = keep_mask("block_scan", keep, u)
-    chosen, wide = choose(backend, u), state_dtype(u)
-    if chosen == "reference" or (chosen == "cpu" and not backends.HAS_NUMBA):
-        return _reference(a, u, h, mask, reverse)
-    if chosen == "cpu":
-        y, last = _forward(a.to(wide), u.to(wide), h, mask, reverse, chosen)
-        return y.to(u.dtype), (last,)
-    y, last = _forward(a, u, h, mask, reverse, chosen)
-    return y, (last,)
+    keep = keep_mask("block_scan", reset, u)
+    chosen = choose_compiled(backend, u)
+    if chosen == "reference":
+        return _reference(a, u, h, keep, reverse)
+    y, last = _scan(*widened(chosen, u, a, u), h, keep, reverse, chosen)
+    return y.to(u.dtype), (last,)
 
 
 def _reference(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool) -> tuple[Tensor, State]:
@@ -77,51 +68,32 @@ def _reference(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool) -> 
     return flipped(torch.stack(rows, 1), reverse).to(u.dtype), (h,)
 
 
-@torch.library.custom_op("clplat::block_scan", mutates_args=())
+def _code(backend: str):
+    if backend == "cpu":
+        from clplat.kernels import block_diagonal_cpu as code
+    else:
+        from clplat.kernels import block_diagonal_triton as code
+    return code
+
+
 def _forward(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool, backend: str) -> tuple[Tensor, Tensor]:
     """All h and the last one."""
-    if backend == "cpu":
-        from clplat.kernels import block_diagonal_cpu
-
-        return block_diagonal_cpu.forward(a, u, h, keep, reverse)
-    from clplat.kernels import block_diagonal_triton
-
-    return block_diagonal_triton.forward(a, u, h, keep, reverse)
+    return _code(backend).forward(a, u, h, keep, reverse)
 
 
-@_forward.register_fake
-def _(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return u.new_empty(u.shape), h.new_empty(h.shape)
-
-
-@torch.library.custom_op("clplat::block_scan_backward", mutates_args=())
 def _backward(
     a: Tensor, h: Tensor, keep: Tensor, y: Tensor, dy: Tensor, dh: Tensor, reverse: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, u and the first h: g_t = dy_t + A_{t+1}^T g_{t+1}, dA_t = g_t h_{t-1}^T, du_t = g_t."""
-    if backend == "cpu":
-        from clplat.kernels import block_diagonal_cpu
-
-        return block_diagonal_cpu.backward(a, h, keep, y, dy, dh, reverse)
-    from clplat.kernels import block_diagonal_triton
-
-    return block_diagonal_triton.backward(a, h, keep, y, dy, dh, reverse)
+    return _code(backend).backward(a, h, keep, y, dy, dh, reverse)
 
 
-@_backward.register_fake
-def _(
-    a: Tensor, h: Tensor, keep: Tensor, y: Tensor, dy: Tensor, dh: Tensor, reverse: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return a.new_empty(a.shape), y.new_empty(y.shape), dh.new_empty(dh.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, _, h, keep, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(a, h, keep, output[0])
-
-
-def _gradient(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(*ctx.saved_tensors, dy, dh, ctx.reverse, ctx.backend), None, None, None)
-
-
-_forward.register_autograd(_gradient, setup_context=_setup)
+_scan = register(
+    "block_scan",
+    _forward,
+    _backward,
+    like=lambda a, u, h, *_: (u, h),
+    gradients_like=lambda a, h, keep, y, dy, dh, *_: (a, y, dh),
+    saved=lambda a, u, h, keep, reverse, backend, y, last: (a, h, keep, y),
+    options=2,
+)

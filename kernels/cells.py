@@ -8,20 +8,16 @@ Every function returns (y, final state): y [B, T, N, d] in the dtype of the gate
 float32 (float64 for float64 gates), its first tensor being what y holds at the last step. Two products of the same
 row are never mixed over b, so rows are independent.
 
-Common arguments:
-    initial_state: the state before the first step, None for a fresh one.
-    keep: [B, T], bool or 0/1; 0 means that the state is fresh before step t, whatever came before.
-    reverse: run from step T - 1 to step 0.
-    backend: see `backend.py`; None chooses. Triton runs heads of at most 128 (bf16 and fp16 `recurrent`), with fp32
-        `recurrent` 64 (gru, elman) or 32 (lstm, slstm, lem); larger ones run as the reference does, on the device.
-        Widths that are no multiple of 16 are padded, which costs copies.
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`. Triton runs heads of at most 128
+(bf16 and fp16 `recurrent`), with fp32 `recurrent` 64 (gru, elman) or 32 (lstm, slstm, lem); larger ones run as the
+reference does, on the device. Widths that are no multiple of 16 are padded, which costs copies.
 
 Letters: B batch, T time, N heads, d width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import clplat.kernels.backend as kernel_backend
-from clplat.kernels.backend import State, choose, state_dtype
+from clplat.kernels.arguments import first_state, kept, sizes
+from clplat.kernels.backend import State, choose_compiled, state_dtype
+from clplat.kernels.custom_op import register
 
 FRESH_SCALE = -1e30
 """sLSTM's log scale m of a sequence with no past: finite, and its exponential is 0 in float32 and in float64."""
@@ -40,7 +37,7 @@ def lstm(
     gates: Tensor,
     recurrent: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     peepholes: Tensor | None = None,
     coupled: bool = False,
@@ -66,7 +63,6 @@ def lstm(
         recurrent: [N, 4, d, d], R as [in, out].
         initial_state: (h, c), each [B, N, d]; fresh is 0. With full_gate_recurrence (h, c, i, f, o): the gates of the
             last step belong to the state.
-        keep: [B, T], 0 where a fresh sequence starts.
         peepholes: [3, N, d], p of i, f, o; None leaves them out (NP).
         coupled: f = 1 - i (CIFG).
         input_gate: False sets i = 1 (NIG).
@@ -76,22 +72,15 @@ def lstm(
         output_activation: False drops the tanh of c' (NOAF).
         full_gate_recurrence: [N, 3, 3, d, d], [from, to, in, out] among i, f, o: adds the gates of the last step to
             the arguments of all three (FGR). Runs as the reference does on every back end but Triton, which refuses it.
-        reverse: run from the last step to the first.
-        backend: see `backend.py`.
 
     Returns:
         h [B, T, N, d] and the final state.
-
-    Raises:
-        ValueError: shapes that do not fit, coupled together with a missing gate, a back end that cannot run this.
     """
     if coupled and not (input_gate and forget_gate):
         raise ValueError("lstm: coupled=True needs input_gate=True and forget_gate=True: one is made of the other.")
-    sizes = 2 if full_gate_recurrence is None else 5
-    state = _checked("lstm", gates, recurrent, 4, initial_state, (0.0,) * sizes, keep)
-    n, d = gates.shape[2], gates.shape[4]
-    _shape("lstm", "peepholes", peepholes, (3, n, d))
-    _shape("lstm", "full_gate_recurrence", full_gate_recurrence, (n, 3, 3, d, d))
+    names = {"h": 0.0, "c": 0.0} | ({} if full_gate_recurrence is None else {"i": 0.0, "f": 0.0, "o": 0.0})
+    more = {"peepholes": (peepholes, "3 N d"), "full_gate_recurrence": (full_gate_recurrence, "N 3 3 d d")}
+    state, keep = _checked("lstm", gates, recurrent, 4, initial_state, names, reset, more)
     flags = (coupled, input_gate, forget_gate, output_gate, input_activation, output_activation)
     if full_gate_recurrence is not None and backend == "triton":
         raise ValueError("lstm: full_gate_recurrence has no Triton kernel: leave backend out, or give 'reference'.")
@@ -99,7 +88,7 @@ def lstm(
     if full_gate_recurrence is not None or chosen == "reference":
         dtype = state_dtype(gates)
         step = partial(_lstm_step, flags=flags, peepholes=_to(peepholes, dtype), full=_to(full_gate_recurrence, dtype))
-        return _loop(step, gates, recurrent, state, (0.0,) * sizes, keep, reverse)
+        return _loop(step, gates, recurrent, state, names, keep, reverse)
     options = [float(flag) for flag in flags]
     extra = None if peepholes is None else peepholes.transpose(0, 1)
     return _run("lstm", gates, recurrent, extra, state, keep, options, reverse, chosen)
@@ -139,7 +128,7 @@ def gru(
     recurrent: Tensor,
     bias_n: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reset_after: bool = True,
     reverse: bool = False,
@@ -158,23 +147,17 @@ def gru(
         recurrent: [N, 3, d, d], R as [in, out].
         bias_n: [N, d].
         initial_state: (h,), [B, N, d]; fresh is 0.
-        keep: [B, T], 0 where a fresh sequence starts.
         reset_after: whether r acts after the product with R_n.
-        reverse: run from the last step to the first.
-        backend: see `backend.py`.
 
     Returns:
         h [B, T, N, d] and (h,).
-
-    Raises:
-        ValueError: shapes that do not fit, or a back end that cannot run this.
     """
-    state = _checked("gru", gates, recurrent, 3, initial_state, (0.0,), keep)
-    _shape("gru", "bias_n", bias_n, (gates.shape[2], gates.shape[4]))
+    names, more = {"h": 0.0}, {"bias_n": (bias_n, "N d")}
+    state, keep = _checked("gru", gates, recurrent, 3, initial_state, names, reset, more)
     chosen = _chosen("gru", backend, gates, recurrent)
     if chosen == "reference":
         step = partial(_gru_step, bias_n=bias_n.to(state_dtype(gates)), reset_after=reset_after)
-        return _loop(step, gates, recurrent, state, (0.0,), keep, reverse)
+        return _loop(step, gates, recurrent, state, names, keep, reverse)
     return _run("gru", gates, recurrent, bias_n[:, None], state, keep, [float(reset_after)], reverse, chosen)
 
 
@@ -196,7 +179,7 @@ def elman(
     gates: Tensor,
     recurrent: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     relu: bool = False,
     reverse: bool = False,
@@ -211,27 +194,17 @@ def elman(
         gates: [B, T, N, d], x.
         recurrent: [N, d, d], R as [in, out].
         initial_state: (h,), [B, N, d]; fresh is 0.
-        keep: [B, T], 0 where a fresh sequence starts.
         relu: relu in place of tanh.
-        reverse: run from the last step to the first.
-        backend: see `backend.py`.
 
     Returns:
         h [B, T, N, d] and (h,).
-
-    Raises:
-        ValueError: shapes that do not fit, or a back end that cannot run this.
     """
-    if gates.dim() != 4 or recurrent.dim() != 3:
-        raise ValueError(
-            f"elman: gates {[*gates.shape]} and recurrent {[*recurrent.shape]} are given, "
-            "[B, T, N, d] and [N, d, d] are allowed."
-        )
-    gates, recurrent = gates.unsqueeze(3), recurrent.unsqueeze(1)
-    state = _checked("elman", gates, recurrent, 1, initial_state, (0.0,), keep)
+    sizes("elman", {"gates": (gates, "B T N d"), "recurrent": (recurrent, "N d d")})
+    gates, recurrent, names = gates.unsqueeze(3), recurrent.unsqueeze(1), {"h": 0.0}
+    state, keep = _checked("elman", gates, recurrent, 1, initial_state, names, reset)
     chosen = _chosen("elman", backend, gates, recurrent)
     if chosen == "reference":
-        return _loop(partial(_elman_step, relu=relu), gates, recurrent, state, (0.0,), keep, reverse)
+        return _loop(partial(_elman_step, relu=relu), gates, recurrent, state, names, keep, reverse)
     return _run("elman", gates, recurrent, None, state, keep, [float(relu)], reverse, chosen)
 
 
@@ -244,7 +217,7 @@ def slstm(
     gates: Tensor,
     recurrent: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -263,21 +236,15 @@ def slstm(
         gates: [B, T, N, 4, d], x of i, f, u, o.
         recurrent: [N, 4, d, d], R as [in, out].
         initial_state: (h, c, n, m), each [B, N, d]; fresh is h = c = n = 0 and m = -1e30.
-        keep: [B, T], 0 where a fresh sequence starts.
-        reverse: run from the last step to the first.
-        backend: see `backend.py`.
 
     Returns:
         h [B, T, N, d] and (h, c, n, m).
-
-    Raises:
-        ValueError: shapes that do not fit, or a back end that cannot run this.
     """
-    fresh = (0.0, 0.0, 0.0, FRESH_SCALE)
-    state = _checked("slstm", gates, recurrent, 4, initial_state, fresh, keep)
+    names = {"h": 0.0, "c": 0.0, "n": 0.0, "m": FRESH_SCALE}
+    state, keep = _checked("slstm", gates, recurrent, 4, initial_state, names, reset)
     chosen = _chosen("slstm", backend, gates, recurrent)
     if chosen == "reference":
-        return _loop(_slstm_step, gates, recurrent, state, fresh, keep, reverse)
+        return _loop(_slstm_step, gates, recurrent, state, names, keep, reverse)
     return _run("slstm", gates, recurrent, None, state, keep, [FRESH_SCALE], reverse, chosen)
 
 
@@ -296,7 +263,7 @@ def lem(
     gates: Tensor,
     recurrent: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     dt: float = 1.0,
     reverse: bool = False,
@@ -314,23 +281,18 @@ def lem(
         gates: [B, T, N, 4, d], x of 1, 2, z, y.
         recurrent: [N, 4, d, d], R of 1, 2, z, y as [in, out]; the first three act on y, the last on z'.
         initial_state: (y, z), each [B, N, d]; fresh is 0.
-        keep: [B, T], 0 where a fresh sequence starts.
         dt: the largest time step, > 0; above 1 the cell no longer takes means.
-        reverse: run from the last step to the first.
-        backend: see `backend.py`.
 
     Returns:
         y [B, T, N, d] and (y, z).
-
-    Raises:
-        ValueError: shapes that do not fit, dt <= 0, or a back end that cannot run this.
     """
     if not dt > 0:
         raise ValueError(f"lem: dt={dt} is given, > 0 is allowed; the paper's default is 1.")
-    state = _checked("lem", gates, recurrent, 4, initial_state, (0.0, 0.0), keep)
+    names = {"y": 0.0, "z": 0.0}
+    state, keep = _checked("lem", gates, recurrent, 4, initial_state, names, reset)
     chosen = _chosen("lem", backend, gates, recurrent)
     if chosen == "reference":
-        return _loop(partial(_lem_step, dt=dt), gates, recurrent, state, (0.0, 0.0), keep, reverse)
+        return _loop(partial(_lem_step, dt=dt), gates, recurrent, state, names, keep, reverse)
     return _run("lem", gates, recurrent, None, state, keep, [dt], reverse, chosen)
 
 
@@ -349,7 +311,7 @@ def _loop(
     gates: Tensor,
     recurrent: Tensor,
     state: State,
-    fresh: tuple[float, ...],
+    fresh: Mapping[str, float],
     keep: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, State]:
@@ -366,12 +328,12 @@ def _loop(
 
         # Taken apart at once: the backward of x[:, t] writes zeros of the size of x at every step.
         steps = gates.to(dtype).unbind(1)
-        kept = None if keep is None else keep.bool()[..., None, None].unbind(1)
+        kept = None if keep is None else keep[..., None, None].unbind(1)
         outputs: list[Tensor] = []
         for t in reversed(range(len(steps))) if reverse else range(len(steps)):
             if kept is not None:
                 # Chosen, not multiplied by 0: a state that overflowed must not reach the sequence that starts here.
-                state = tuple(torch.where(kept[t], s, f) for s, f in zip(state, fresh, strict=True))
+                state = tuple(torch.where(kept[t], s, f) for s, f in zip(state, fresh.values(), strict=True))
             state = step(steps[t], state, product)
             outputs.append(state[0])
         if reverse:
@@ -385,35 +347,17 @@ def _checked(
     recurrent: Tensor,
     count: int,
     state: State | None,
-    fresh: tuple[float, ...],
-    keep: Tensor | None,
-) -> State:
-    """The initial state in the state's dtype, after all shapes were found to fit."""
-    shape = "[B, T, N, d]" if count == 1 else f"[B, T, N, {count}, d]"
-    if gates.dim() != 5 or gates.shape[3] != count or 0 in gates.shape:
-        raise ValueError(f"{op}: gates {[*gates.shape]} are given, {shape} is allowed, with no size 0.")
-    b, t, n, _, d = gates.shape
-    if recurrent.shape != (n, count, d, d):
-        raise ValueError(
-            f"{op}: recurrent {[*recurrent.shape]} is given for gates {[*gates.shape]}, "
-            f"allowed is [N, gates, in, out] = {[n, count, d, d]}."
-        )
-    if keep is not None and keep.shape != (b, t):
-        raise ValueError(f"{op}: keep {[*keep.shape]} is given, [B, T] = {[b, t]} is allowed.")
-    dtype = state_dtype(gates)
-    if state is None:
-        return tuple(torch.full((b, n, d), f, dtype=dtype, device=gates.device) for f in fresh)
-    if len(state) != len(fresh) or any(s.shape != (b, n, d) for s in state):
-        raise ValueError(
-            f"{op}: an initial state of shapes {[[*s.shape] for s in state]} is given, "
-            f"{len(fresh)} tensors [B, N, d] = {[b, n, d]} are allowed."
-        )
-    return tuple(s.to(dtype) for s in state)
-
-
-def _shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(f"{op}: {name} {[*tensor.shape]} is given, {[*shape]} is allowed.")
+    fresh: Mapping[str, float],
+    reset: Tensor | None,
+    more: Mapping[str, tuple[Tensor | None, str]] | None = None,
+) -> tuple[State, Tensor | None]:
+    """The initial state in the state's dtype, and where it is kept, after all shapes were found to fit."""
+    given = {"gates": (gates, f"B T N {count} d"), "recurrent": (recurrent, f"N {count} d d"), **(more or {})}
+    known = sizes(op, given)
+    if 0 in gates.shape:
+        raise ValueError(f"{op}: gates has shape {list(gates.shape)}, no size may be 0.")
+    letters = {name: ("B N d", value) for name, value in fresh.items()}
+    return first_state(op, state, gates, known, letters), kept(op, reset, gates)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -422,9 +366,7 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _chosen(op: str, backend: str | None, gates: Tensor, recurrent: Tensor) -> str:
     """What runs: `backend.choose`, or the reference where a head is too wide for Triton, or there is no numba."""
-    chosen = choose(backend, gates)
-    if chosen == "cpu" and not kernel_backend.HAS_NUMBA:
-        return "reference"
+    chosen = choose_compiled(backend, gates)
     if chosen == "triton":
         d = gates.shape[-1]
         limit = widest(op, recurrent.dtype)
@@ -473,15 +415,21 @@ def _run(
         given, stacked, recurrent = (F.pad(x, (0, missing)) for x in (given, stacked, recurrent))
         recurrent = F.pad(recurrent, (0, 0, 0, missing))
         extra = None if extra is None else F.pad(extra, (0, missing))
-    mask = None if keep is None else keep.bool()
-    y, last, _ = _cell(given, recurrent, extra, stacked, mask, cell, options, reverse, path == "triton")
+    y, last, _ = _cell(given, recurrent, extra, stacked, keep, cell, options, reverse, path == "triton")
     if missing:
         y, last = y[..., :d], last[..., :d]
     return y.to(gates.dtype), last.unbind(0)
 
 
-@torch.library.custom_op("clplat::cell", mutates_args=())
-def _cell(
+def _code(on_triton: bool):
+    if on_triton:
+        from clplat.kernels import cells_triton as code
+    else:
+        from clplat.kernels import cells_cpu as code
+    return code
+
+
+def _forward(
     gates: Tensor,
     recurrent: Tensor,
     extra: Tensor | None,
@@ -493,33 +441,16 @@ def _cell(
     on_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, N, d], the final state [S, B, N, d], and what backward needs [B, T, N, A, d]."""
-    if on_triton:
-        from clplat.kernels.cells_triton import forward
-    else:
-        from clplat.kernels.cells_cpu import forward
+    forward = _code(on_triton).forward
     return forward(gates, recurrent, extra, state, keep, cell, options, reverse, _SAVED[cell])
 
 
-@_cell.register_fake
-def _(
-    gates: Tensor,
-    recurrent: Tensor,
-    extra: Tensor | None,
-    state: Tensor,
-    keep: Tensor | None,
-    cell: str,
-    options: list[float],
-    reverse: bool,
-    on_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, n, _, d = gates.shape
-    return gates.new_empty(b, t, n, d), state.new_empty(state.shape), state.new_empty(b, t, n, _SAVED[cell], d)
+def _like(gates: Tensor, recurrent: Tensor, extra: Tensor | None, state: Tensor, keep: Any, cell: str, *_: Any):
+    b, t, n, d = (gates.shape[i] for i in (0, 1, 2, 4))
+    return gates.new_empty(b, t, n, d), state, state.new_empty(b, t, n, _SAVED[cell], d)
 
 
-@torch.library.custom_op("clplat::cell_backward", mutates_args=())
-def _cell_backward(
-    dy: Tensor,
-    dlast: Tensor,
+def _backward(
     y: Tensor,
     saved: Tensor,
     last: Tensor,
@@ -527,16 +458,15 @@ def _cell_backward(
     extra: Tensor | None,
     state: Tensor,
     keep: Tensor | None,
+    dy: Tensor,
+    dlast: Tensor,
     cell: str,
     options: list[float],
     reverse: bool,
     on_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gates, recurrent, extra (empty where there is none) and the initial state."""
-    if on_triton:
-        from clplat.kernels.cells_triton import backward
-    else:
-        from clplat.kernels.cells_cpu import backward
+    backward = _code(on_triton).backward
     dgates, dstate = backward(dy, dlast, y, saved, last, recurrent, extra, state, keep, cell, options, reverse)
     with torch.autocast(y.device.type, enabled=False):
         h = _before(y, state[0], keep, reverse)
@@ -558,10 +488,10 @@ def _cell_backward(
             drecurrent = torch.cat(
                 [_weight_gradient(h, dgates[:, :, :, :3]), _weight_gradient(z, dgates[:, :, :, 3:])], 1
             )
-            dextra = state.new_empty(0)
+            dextra = y.new_empty(0)
         else:
             drecurrent = _weight_gradient(h, dgates)
-            dextra = state.new_empty(0)
+            dextra = y.new_empty(0)
             if extra is not None:
                 c = saved[:, :, :, 4]
                 before = _before(c, state[1], keep, reverse)
@@ -570,30 +500,9 @@ def _cell_backward(
     return dgates, drecurrent.to(recurrent.dtype), dextra, dstate
 
 
-@_cell_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    last: Tensor,
-    recurrent: Tensor,
-    extra: Tensor | None,
-    state: Tensor,
-    keep: Tensor | None,
-    cell: str,
-    options: list[float],
-    reverse: bool,
-    on_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gradients_like(y: Tensor, saved: Any, last: Any, recurrent: Tensor, extra: Tensor | None, state: Tensor, *_: Any):
     b, t, n, d = y.shape
-    dextra = state.new_empty(0) if extra is None else state.new_empty(extra.shape)
-    return (
-        y.new_empty(b, t, n, recurrent.shape[1], d),
-        recurrent.new_empty(recurrent.shape),
-        dextra,
-        state.new_empty(state.shape),
-    )
+    return y.new_empty(b, t, n, recurrent.shape[1], d), recurrent, extra, state
 
 
 def _before(x: Tensor, initial: Tensor, keep: Tensor | None, reverse: bool) -> Tensor:
@@ -611,18 +520,14 @@ def _weight_gradient(h: Tensor, dz: Tensor) -> Tensor:
     return torch.bmm(left, right).view(n, d, g, d).transpose(1, 2).contiguous()
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, recurrent, extra, state, keep, *ctx.rest = inputs
-    y, last, saved = output
-    ctx.save_for_backward(y, saved, last, recurrent, extra, state, keep)
-
-
-def _backward(ctx: Any, dy: Tensor, dlast: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    y, saved, last, recurrent, extra, state, keep = ctx.saved_tensors
-    dgates, drecurrent, dextra, dstate = _cell_backward(
-        dy, dlast, y, saved, last, recurrent, extra, state, keep, *ctx.rest
-    )
-    return dgates, drecurrent, None if extra is None else dextra, dstate, None, None, None, None, None
-
-
-_cell.register_autograd(_backward, setup_context=_setup)
+_cell = register(
+    "cell",
+    _forward,
+    _backward,
+    like=_like,
+    gradients_like=_gradients_like,
+    saved=lambda gates, recurrent, extra, state, keep, cell, options, reverse, on_triton, y, last, saved: (
+        (y, saved, last, recurrent, extra, state, keep)
+    ),
+    options=4,
+)

@@ -6,26 +6,28 @@ the state goes from chunk to chunk. The chunked form is made of torch's batched 
 delta rule has Triton kernels too, for keys of at most 128 features; wider ones, and Titans, run the chunked form in
 torch on CUDA devices as well.
 
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`; `chunk` is C of the chunked form, a
+power of two. The Triton kernels have their own.
+
 Letters: B batch, T time, N heads, K key width, V value width, C steps a chunk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clplat.kernels.arguments import first_state, kept
 from clplat.kernels.backend import State, choose, without_autocast
+from clplat.kernels.custom_op import register
 from clplat.kernels.matrix_state import (
-    check_keep,
-    check_qkv,
+    check_sizes,
     chunk_size,
     from_chunks,
     in_chunks,
-    initial_states,
     masked_gate,
     spans,
     until,
@@ -39,7 +41,7 @@ def delta_rule(
     beta: Tensor,
     gate: Tensor | None = None,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -58,22 +60,14 @@ def delta_rule(
         v: [B, T, N, V] values.
         beta: [B, T, N] how much of the error is corrected, usually in 0..1 (0..2 allows negative eigenvalues).
         gate: [B, T, N] logarithm of the decay, at most 0 (-inf forgets everything), or None.
-        initial_state: (S [B, N, K, V],) before the first step; None is zero.
-        keep: [B, T] bool or 0/1; 0 makes the state zero before that step.
-        reverse: run from T-1 to 0; the final state is then the one after step 0.
-        backend: see `clplat.kernels.backend`; None chooses.
-        chunk: C of the chunked form, a power of two. The Triton kernels have their own.
+        initial_state: (S [B, N, K, V],); fresh is 0.
 
     Returns:
-        o [B, T, N, V] in v's dtype, and (S [B, N, K, V],) after the last step, float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: shapes that do not fit one another, or a chunk that is no power of two.
+        o [B, T, N, V] in v's dtype, and (S [B, N, K, V],).
     """
-    check_qkv(q, k, v, chunk)
-    _check_steps(q, beta=beta, gate=gate)
-    check_keep(keep, q)
-    (s,) = initial_states(q, v, initial_state, 1)
+    known = check_sizes("delta_rule", q, k, v, chunk, beta=(beta, "B T N"), gate=(gate, "B T N"))
+    (s,) = first_state("delta_rule", initial_state, q, known, {"S": ("B N K V", 0.0)})
+    keep = kept("delta_rule", reset, q)
     chosen = choose(backend, q)
     if reverse:
         q, k, v, beta = (x.flip(1) for x in (q, k, v, beta))
@@ -82,7 +76,7 @@ def delta_rule(
         o, s = _delta_reference(q, k, v, beta, gate, s, keep)
     else:
         decay = masked_gate(None if gate is None else gate[..., None], keep, q)
-        o, s = torch.ops.clplat.delta_rule(q, k, v, beta, decay, s, chunk, chosen)
+        o, s = _delta(q, k, v, beta, decay, s, chunk, chosen)
     return (o.flip(1) if reverse else o), (s,)
 
 
@@ -94,7 +88,7 @@ def _delta_reference(
     q, k, v, beta = (x.to(s.dtype) for x in (q, k, v, beta))
     for t in range(q.shape[1]):
         if keep is not None:
-            s = torch.where(keep[:, t, None, None, None].bool(), s, 0.0)
+            s = torch.where(keep[:, t, None, None, None], s, 0.0)
         if gate is not None:
             s = gate[:, t, :, None, None].to(s.dtype).exp() * s
         error = v[:, t] - (k[:, t, :, :, None] * s).sum(2)
@@ -111,7 +105,7 @@ def titans(
     eta: Tensor,
     theta: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -135,22 +129,15 @@ def titans(
         alpha: [B, T, N] in 0..1, the part of the memory that is forgotten.
         eta: [B, T, N] in 0..1, the decay of the momentum.
         theta: [B, T, N] at least 0, the step size.
-        initial_state: (M, S), both [B, N, K, V], before the first step; None is zero.
-        keep: [B, T] bool or 0/1; 0 makes memory and momentum zero before that step.
-        reverse: run from T-1 to 0.
-        backend: see `clplat.kernels.backend`; None chooses.
-        chunk: C of the chunked form, a power of two.
+        initial_state: (M, S), both [B, N, K, V]; fresh is 0.
 
     Returns:
-        o [B, T, N, V] in v's dtype, and (M, S) after the last step, float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: shapes that do not fit one another, or a chunk that is no power of two.
+        o [B, T, N, V] in v's dtype, and (M, S).
     """
-    check_qkv(q, k, v, chunk)
-    _check_steps(q, alpha=alpha, eta=eta, theta=theta)
-    check_keep(keep, q)
-    m, s = initial_states(q, v, initial_state, 2)
+    rates = {"alpha": (alpha, "B T N"), "eta": (eta, "B T N"), "theta": (theta, "B T N")}
+    known = check_sizes("titans", q, k, v, chunk, **rates)
+    m, s = first_state("titans", initial_state, q, known, {"M": ("B N K V", 0.0), "S": ("B N K V", 0.0)})
+    keep = kept("titans", reset, q)
     chosen = choose(backend, q)
     if reverse:
         q, k, v, alpha, eta, theta = (x.flip(1) for x in (q, k, v, alpha, eta, theta))
@@ -200,9 +187,7 @@ def _titans_run(
     write = torch.stack([out[..., -1, :], momentum[..., -1, :]], -2)
     last, none = enter[..., -1], torch.zeros_like(from_s[..., -1, :])
     move = torch.stack([last, torch.cat([none, from_s[..., -1, :]], -1)], -2)
-    o, both = torch.ops.clplat.corrected(
-        q, k, v, theta, out, read, enter, ask, write, move, torch.stack([m, s], 2), size
-    )
+    o, both = _corrected(q, k, v, theta, out, read, enter, ask, write, move, torch.stack([m, s], 2), size)
     return o, both[:, :, 0], both[:, :, 1]
 
 
@@ -222,7 +207,7 @@ def _titans_reference(
     q, k, v, alpha, eta, theta = (x.to(m.dtype) for x in (q, k, v, alpha, eta, theta))
     for t in range(q.shape[1]):
         if keep is not None:
-            kept = keep[:, t, None, None, None].bool()
+            kept = keep[:, t, None, None, None]
             m, s = torch.where(kept, m, 0.0), torch.where(kept, s, 0.0)
         error = (k[:, t, :, :, None] * m).sum(2) - v[:, t]
         gradient = k[:, t, :, :, None] * error[:, :, None]
@@ -230,12 +215,6 @@ def _titans_reference(
         m = (1 - alpha[:, t, :, None, None]) * m + s
         found.append((q[:, t, :, :, None] * m).sum(2))
     return torch.stack(found, 1).to(kind), m, s
-
-
-def _check_steps(q: Tensor, **given: Tensor | None) -> None:
-    for name, x in given.items():
-        if x is not None and x.shape != q.shape[:3]:
-            raise ValueError(f"{name}: got {tuple(x.shape)}, it has to be [B, T, N] = {tuple(q.shape[:3])} of q.")
 
 
 @dataclass(frozen=True)
@@ -355,7 +334,6 @@ def _corrected_backward(
     return (dq, dk, beta * right, dbeta), weights, found[-1]
 
 
-@torch.library.custom_op("clplat::corrected", mutates_args=())
 def _corrected_op(
     q: Tensor,
     k: Tensor,
@@ -375,25 +353,6 @@ def _corrected_op(
     return from_chunks(o, v), last.reshape(s.shape).clone()
 
 
-@_corrected_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    out: Tensor,
-    read: Tensor,
-    enter: Tensor,
-    ask: Tensor,
-    write: Tensor,
-    move: Tensor,
-    s: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), s.new_empty(s.shape)
-
-
-@torch.library.custom_op("clplat::corrected_backward", mutates_args=())
 def _corrected_gradients(
     q: Tensor,
     k: Tensor,
@@ -431,36 +390,15 @@ def _corrected_gradients(
     )
 
 
-@_corrected_gradients.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    out: Tensor,
-    read: Tensor,
-    enter: Tensor,
-    ask: Tensor,
-    write: Tensor,
-    move: Tensor,
-    s: Tensor,
-    do: Tensor,
-    ds: Tensor,
-    chunk: int,
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, out, read, enter, ask, write, move, s))
-
-
-def _corrected_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:11])
-    ctx.chunk = inputs[11]
-
-
-def _corrected_differentiate(ctx: Any, do: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.clplat.corrected_backward(*ctx.saved_tensors, do, ds, ctx.chunk), None
-
-
-_corrected_op.register_autograd(_corrected_differentiate, setup_context=_corrected_setup)
+_corrected = register(
+    "corrected",
+    _corrected_op,
+    _corrected_gradients,
+    like=lambda *args: (args[2], args[10]),  # v and s
+    gradients_like=lambda *args: args[:11],
+    saved=lambda *args: args[:11],
+    options=1,
+)
 
 
 def _steps_in_chunks(
@@ -470,8 +408,7 @@ def _steps_in_chunks(
     return q, k, v, beta
 
 
-@torch.library.custom_op("clplat::delta_rule", mutates_args=())
-def _delta(
+def _delta_op(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, s: Tensor, chunk: int, backend: str
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
@@ -484,14 +421,6 @@ def _delta(
     return from_chunks(o, v), last.clone()
 
 
-@_delta.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, s: Tensor, chunk: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), s.new_empty(s.shape)
-
-
-@torch.library.custom_op("clplat::delta_rule_backward", mutates_args=())
 def _delta_gradients(
     q: Tensor,
     k: Tensor,
@@ -523,32 +452,15 @@ def _delta_gradients(
     )
 
 
-@_delta_gradients.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    gate: Tensor,
-    s: Tensor,
-    do: Tensor,
-    ds: Tensor,
-    chunk: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, gate, s))
-
-
-def _delta_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.options = inputs[6:]
-
-
-def _delta_differentiate(ctx: Any, do: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.clplat.delta_rule_backward(*ctx.saved_tensors, do, ds, *ctx.options), None, None
-
-
-_delta.register_autograd(_delta_differentiate, setup_context=_delta_setup)
+_delta = register(
+    "delta_rule",
+    _delta_op,
+    _delta_gradients,
+    like=lambda q, k, v, beta, gate, s, *_: (v, s),
+    gradients_like=lambda *args: args[:6],
+    saved=lambda *args: args[:6],
+    options=2,
+)
 
 
 def _decays(gate: Tensor, size: int, dtype: torch.dtype) -> _Weights:

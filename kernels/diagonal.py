@@ -9,12 +9,8 @@
 | `rg_lru` | exp(-c * sigmoid(recurrence) * softplus(decay)) | sqrt(1 - a^2) * sigmoid(input) * x | De et al. 2024, section 2.4 |
 | `hgrn` | f = lb + (1 - lb) * sigmoid(forget) | (1 - f) * silu(candidate) | Qin et al. 2023, section 3.2 |
 
-All return (h [B, T, D], (h_T [B, D],)) and take, besides their inputs,
-
-- `initial_state`: a tuple of one tensor [B, D], or None for a fresh start, whose state is zero;
-- `keep` [B, T], bool or 0/1: where it is 0 a fresh sequence starts, and what was before that step is forgotten;
-- `reverse`: from the last step to the first; equal to flipping time in inputs, keep and outputs;
-- `backend`: see `clplat.kernels.backend`; None chooses by device and dtype.
+All return (h [B, T, D], (h_T [B, D],)). `initial_state` is (h_0 [B, D],), zero where it is None; for `reset`, `reverse`,
+`backend` and errors see `clplat.kernels.backend`.
 
 h has the inputs' common dtype. The state is float32 at least (complex64 for complex inputs), and so is every product and
 sum in between: a decay near 1 has no place in half precision (bfloat16 has nothing between 0.996 and 1), so hand over
@@ -22,22 +18,21 @@ pre-activations in half precision, or decays in float32. Gradients reach every t
 from the final state as well; the gradient by a complex tensor follows torch's convention (that of the conjugate).
 Only inputs and h are saved for the backward pass. There is no second derivative but by the reference back end.
 
-The functions raise ValueError for shapes, dtypes and back ends that do not fit.
-
 Letters: B batch, T time, D channels.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.kernels import backend as backends
+from clplat.kernels.arguments import first_state, kept, sizes
 from clplat.kernels.backend import State
+from clplat.kernels.custom_op import register
 
 SQRT_SLOPE_LIMIT = 1000.0
 """Bound of the derivative of RG-LRU's square root, infinite where a = 1; De et al. leave it to their code."""
@@ -47,7 +42,7 @@ def scan(
     a: Tensor,
     b: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -57,22 +52,15 @@ def scan(
     Args:
         a: decays [B, T, D], any values; |a| <= 1 keeps h bounded.
         b: inputs [B, T, D]; both are real or both complex.
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit.
     """
-    return _run("scan", {"a": a, "b": b}, None, initial_state, keep, reverse, backend)
+    return _run("scan", {"a": a, "b": b}, None, initial_state, reset, reverse, backend)
 
 
 def constant_scan(
     b: Tensor,
     decay: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -82,24 +70,17 @@ def constant_scan(
     Args:
         b: inputs [B, T, D], real or complex.
         decay: [D], real, or complex where b is.
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit.
     """
     if decay.is_complex() and not b.is_complex():
         raise ValueError(f"constant_scan: decay is {decay.dtype} but b is {b.dtype}: give b as complex numbers too.")
-    return _run("constant", {"b": b}, ("decay", decay), initial_state, keep, reverse, backend)
+    return _run("constant", {"b": b}, ("decay", decay), initial_state, reset, reverse, backend)
 
 
 def min_gru(
     gate: Tensor,
     candidate: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -112,16 +93,9 @@ def min_gru(
     Args:
         gate: pre-activation of z [B, T, D].
         candidate: [B, T, D].
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit.
     """
     inputs = {"gate": gate, "candidate": candidate}
-    return _run("min_gru", inputs, None, initial_state, keep, reverse, backend)
+    return _run("min_gru", inputs, None, initial_state, reset, reverse, backend)
 
 
 def min_lstm(
@@ -129,7 +103,7 @@ def min_lstm(
     input: Tensor,
     candidate: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -144,16 +118,9 @@ def min_lstm(
         forget: pre-activation of f [B, T, D].
         input: pre-activation of i [B, T, D].
         candidate: [B, T, D].
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit.
     """
     inputs = {"forget": forget, "input": input, "candidate": candidate}
-    return _run("min_lstm", inputs, None, initial_state, keep, reverse, backend)
+    return _run("min_lstm", inputs, None, initial_state, reset, reverse, backend)
 
 
 def rg_lru(
@@ -162,7 +129,7 @@ def rg_lru(
     x: Tensor,
     decay: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     c: float = 8.0,
     reverse: bool = False,
@@ -179,7 +146,7 @@ def rg_lru(
     cancel near a = 1.
 
     Two details are not in the paper; they follow the authors' published code. The derivative of the square root is
-    bounded by `SQRT_SLOPE_LIMIT`. The first step of a fresh sequence (keep = 0, or the first step of all without an
+    bounded by `SQRT_SLOPE_LIMIT`. The first step of a fresh sequence (a reset, or the first step of all without an
     initial state) has no square root: nothing decays there, and h = sigmoid(input) * x. An initial state of zeros is
     therefore not the same as none.
 
@@ -188,20 +155,13 @@ def rg_lru(
         input: pre-activation of the input gate [B, T, D].
         x: [B, T, D].
         decay: [D], the larger the faster a channel forgets.
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
         c: how sharply the gate acts, above 0; 8 in the paper.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit, or c not above 0.
     """
     if not c > 0:
         raise ValueError(f"rg_lru: got c={c}, allowed are numbers above 0 (8 in the paper).")
     inputs = {"recurrence": recurrence, "input": input, "x": x}
     wide = decay.to(backends.state_dtype(recurrence)) if decay.is_floating_point() else decay
-    return _run("rg_lru", inputs, ("decay", c * F.softplus(wide)), initial_state, keep, reverse, backend)
+    return _run("rg_lru", inputs, ("decay", c * F.softplus(wide)), initial_state, reset, reverse, backend)
 
 
 def hgrn(
@@ -209,7 +169,7 @@ def hgrn(
     candidate: Tensor,
     lower_bound: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -224,16 +184,9 @@ def hgrn(
         forget: pre-activation of the forget gate [B, T, D].
         candidate: pre-activation of the input c_t [B, T, D].
         lower_bound: lb [D], in 0..1: what each channel keeps at least, larger in upper layers.
-        initial_state: (h_0 [B, D],) or None.
-        keep: [B, T], 0 where a fresh sequence starts, or None.
-        reverse: from the last step to the first.
-        backend: "reference", "cpu", "triton" or None.
-
-    Raises:
-        ValueError: shapes, dtypes or back ends that do not fit.
     """
     inputs = {"forget": forget, "candidate": candidate}
-    return _run("hgrn", inputs, ("lower_bound", lower_bound), initial_state, keep, reverse, backend)
+    return _run("hgrn", inputs, ("lower_bound", lower_bound), initial_state, reset, reverse, backend)
 
 
 def _run(
@@ -241,67 +194,42 @@ def _run(
     named: dict[str, Tensor],
     weight: tuple[str, Tensor] | None,
     initial_state: State | None,
-    keep: Tensor | None,
+    reset: Tensor | None,
     reverse: bool,
     backend: str | None,
 ) -> tuple[Tensor, State]:
     """Check the arguments, bring them to common dtypes, and call the back end."""
-    _check(mode, named, weight, initial_state, keep)
+    name = {"constant": "constant_scan"}.get(mode, mode)
+    given = {key: (x, "B T D") for key, x in named.items()}
+    if weight is not None:
+        given[weight[0]] = (weight[1], "D")
+    known = sizes(name, given, allow_complex=mode in ("scan", "constant"))
+    if len({x.is_complex() for x in named.values()}) > 1:
+        kinds = ", ".join(f"{key} is {x.dtype}" for key, x in named.items())
+        raise ValueError(f"{name}: {kinds}: make both real or both complex.")
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in named.values()))
     inputs = tuple(x.to(dtype) for x in named.values())
+    if initial_state is not None and any(s.is_complex() for s in initial_state) and not dtype.is_complex:
+        raise ValueError(f"{name}: initial_state is {initial_state[0].dtype} but the inputs are {dtype}: match them.")
     wide = torch.promote_types(dtype, backends.state_dtype(inputs[0]))
     w = None if weight is None else weight[1].to(wide)
-    initial = None if initial_state is None else initial_state[0].to(wide)
-    kept = None if keep is None else keep != 0
+    initial: Tensor | None = None
+    if initial_state is not None:  # a fresh state is more than zeros: RG-LRU's first step has no square root
+        (initial,) = first_state(name, initial_state, inputs[0], known, {"h": ("B D", 0.0)})
+    keep = kept(name, reset, inputs[0])
     chosen = backends.choose(backend, inputs[0])
     if chosen == "triton" and backends.state_dtype(inputs[0]) == torch.float64:
         raise ValueError(f"backend='triton' got {dtype}: it computes in float32. Leave backend out, or convert.")
     if chosen == "reference":
-        h, last = _reference(mode, inputs, w, initial, kept, reverse)
+        h, last = _reference(mode, inputs, w, initial, keep, reverse)
     elif chosen == "cpu" and not backends.HAS_NUMBA:
-        a, b = _coefficients(mode, inputs, w, _fresh(inputs[0], initial, kept, reverse))
-        h, last = torch.ops.clplat.diagonal("scan", [a, b], None, initial, kept, reverse, "torch")
+        a, b = _coefficients(mode, inputs, w, _fresh(inputs[0], initial, keep, reverse))
+        h, last = _diagonal(a, b, None, None, initial, keep, "scan", reverse, "torch")
         h = h.to(dtype)
     else:
-        h, last = torch.ops.clplat.diagonal(mode, list(inputs), w, initial, kept, reverse, chosen)
+        first, second, third = (*inputs, None, None)[:3]
+        h, last = _diagonal(first, second, third, w, initial, keep, mode, reverse, chosen)
     return h, (last,)
-
-
-def _check(
-    mode: str,
-    named: dict[str, Tensor],
-    weight: tuple[str, Tensor] | None,
-    initial_state: State | None,
-    keep: Tensor | None,
-) -> None:
-    name = {"constant": "constant_scan"}.get(mode, mode)
-    first, x = next(iter(named.items()))
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"{name}: {first} has shape {list(x.shape)}, allowed is [B, T, D] with T at least 1.")
-    b, t, d = x.shape
-    for key, other in named.items():
-        if other.shape != x.shape:
-            raise ValueError(
-                f"{name}: {key} has shape {list(other.shape)}, allowed is {list(x.shape)}, that of {first}: expand it."
-            )
-        if not (other.is_floating_point() or other.is_complex()):
-            raise ValueError(f"{name}: {key} is {other.dtype}, allowed are floating-point numbers: convert it.")
-        if other.is_complex() and mode not in ("scan", "constant"):
-            raise ValueError(f"{name}: {key} is {other.dtype}, allowed are real numbers: use scan for complex ones.")
-        if other.is_complex() != x.is_complex():
-            raise ValueError(
-                f"{name}: {first} is {x.dtype} but {key} is {other.dtype}: make both real or both complex."
-            )
-    if weight is not None and tuple(weight[1].shape) != (d,):
-        raise ValueError(f"{name}: {weight[0]} has shape {list(weight[1].shape)}, allowed is [D] = [{d}].")
-    if initial_state is not None:
-        if len(initial_state) != 1 or tuple(initial_state[0].shape) != (b, d):
-            shapes = [list(s.shape) for s in initial_state]
-            raise ValueError(f"{name}: initial_state has shapes {shapes}, allowed is one tensor [B, D] = [{b}, {d}].")
-        if initial_state[0].is_complex() and not x.is_complex():
-            raise ValueError(f"{name}: initial_state is {initial_state[0].dtype} but {first} is {x.dtype}: match them.")
-    if keep is not None and tuple(keep.shape) != (b, t):
-        raise ValueError(f"{name}: keep has shape {list(keep.shape)}, allowed is [B, T] = [{b}, {t}].")
 
 
 def _coefficients(mode: str, inputs: tuple[Tensor, ...], w: Tensor | None, fresh: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,15 +296,19 @@ def _reference(
 
 
 def _forward(
-    mode: str,
-    inputs: list[Tensor],
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     weight: Tensor | None,
     initial: Tensor | None,
     keep: Tensor | None,
+    mode: str,
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype, wide = _dtypes(inputs)
+    """All h and the last one, of the inputs that the mode has."""
+    inputs = [x for x in (first, second, third) if x is not None]
+    dtype, wide = _dtypes(first)
     if backend == "triton":
         from clplat.kernels import diagonal_triton
 
@@ -392,71 +324,64 @@ def _forward(
     return h.to(dtype), last
 
 
-def _forward_fake(
-    mode: str,
-    inputs: list[Tensor],
-    weight: Tensor | None,
-    initial: Tensor | None,
-    keep: Tensor | None,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    b, t, d = inputs[0].shape
-    return inputs[0].new_empty(b, t, d), inputs[0].new_empty(b, d, dtype=_dtypes(inputs)[1])
-
-
 def _backward(
-    mode: str,
-    inputs: list[Tensor],
+    first: Tensor,
+    second: Tensor | None,
+    third: Tensor | None,
     weight: Tensor | None,
     initial: Tensor | None,
     keep: Tensor | None,
     h: Tensor,
     dh: Tensor,
     dlast: Tensor,
+    mode: str,
     reverse: bool,
     backend: str,
-) -> list[Tensor]:
-    """Gradients by the inputs, by the weight if there is one (a row for each batch element), and by the initial state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs and the weight, empty for those that are not there, and of the initial state."""
+    inputs = [x for x in (first, second, third) if x is not None]
+    dh, dlast = dh.contiguous(), dlast.contiguous()
+    dtype, wide = _dtypes(first)
+    dweight = None
     if backend == "triton":
         from clplat.kernels import diagonal_triton
 
-        return diagonal_triton.backward(mode, inputs, weight, initial, keep, h, dh, dlast, reverse, SQRT_SLOPE_LIMIT)
-    dtype, wide = _dtypes(inputs)
-    inputs, h, dh = [x.to(wide) for x in inputs], h.to(wide), dh.to(wide)
-    if backend == "cpu":
-        from clplat.kernels import diagonal_cpu
-
-        found, dweight, dinitial = diagonal_cpu.backward(
-            mode, inputs, weight, initial, keep, h, dh, dlast, reverse, SQRT_SLOPE_LIMIT
-        )
+        found = diagonal_triton.backward(mode, inputs, weight, initial, keep, h, dh, dlast, reverse, SQRT_SLOPE_LIMIT)
+        dweight, dinitial = (found[-2] if weight is not None else None), found[-1]
     else:
-        found, dinitial = _torch_backward(inputs[0], initial, keep, h, dh, dlast, reverse)
-        dweight = None
-    return [*(x.to(dtype) for x in found), *([] if dweight is None else [dweight]), dinitial]
+        inputs, h, dh = [x.to(wide) for x in inputs], h.to(wide), dh.to(wide)
+        if backend == "cpu":
+            from clplat.kernels import diagonal_cpu
+
+            found, dweight, dinitial = diagonal_cpu.backward(
+                mode, inputs, weight, initial, keep, h, dh, dlast, reverse, SQRT_SLOPE_LIMIT
+            )
+        else:
+            found, dinitial = _torch_backward(inputs[0], initial, keep, h, dh, dlast, reverse)
+        found = [x.to(dtype) for x in found]
+    absent = [first.new_empty(0) for _ in range(3)]
+    one, two, three = (*found[: len(inputs)], *absent[len(inputs) :])
+    return one, two, three, absent[0] if dweight is None else dweight.sum(0), dinitial
 
 
-def _backward_fake(
-    mode: str,
-    inputs: list[Tensor],
-    weight: Tensor | None,
-    initial: Tensor | None,
-    keep: Tensor | None,
-    h: Tensor,
-    dh: Tensor,
-    dlast: Tensor,
-    reverse: bool,
-    backend: str,
-) -> list[Tensor]:
-    shape, rows = h.shape, dlast.shape
-    weights = [] if weight is None else [dlast.new_empty(rows)]
-    return [*(x.new_empty(shape) for x in inputs), *weights, dlast.new_empty(rows)]
+_diagonal = register(
+    "diagonal",
+    _forward,
+    _backward,
+    like=lambda first, *_: (first, first.new_empty(first[:, 0].shape, dtype=_dtypes(first)[1])),
+    gradients_like=lambda first, second, third, weight, initial, keep, h, dh, dlast, *_: (
+        (first, second, third, weight, dlast)
+    ),
+    saved=lambda first, second, third, weight, initial, keep, mode, reverse, backend, h, last: (
+        (first, second, third, weight, initial, keep, h)
+    ),
+    options=3,
+)
 
 
-def _dtypes(inputs: list[Tensor]) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of inputs and h, and of the state."""
-    dtype = inputs[0].dtype
-    return dtype, torch.promote_types(dtype, backends.state_dtype(inputs[0]))
+    return x.dtype, torch.promote_types(x.dtype, backends.state_dtype(x))
 
 
 def _torch_forward(a: Tensor, b: Tensor, initial: Tensor | None, keep: Tensor | None, reverse: bool) -> Tensor:
@@ -493,38 +418,3 @@ def _torch_backward(
     if keep is not None:
         before = torch.where(keep[..., None], before, 0)
     return [db * before.conj(), db], carried.clone()
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    mode, values, weight, initial, keep, reverse, backend = inputs
-    ctx.save_for_backward(*values, weight, initial, keep, output[0])
-    ctx.chosen = mode, reverse, backend
-
-
-def _differentiate(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Any, ...]:
-    *values, weight, initial, keep, h = ctx.saved_tensors
-    mode, reverse, backend = ctx.chosen
-    found = torch.ops.clplat.diagonal_backward(
-        mode, values, weight, initial, keep, h, dh.contiguous(), dlast.contiguous(), reverse, backend
-    )
-    n = len(values)
-    dweight = None if weight is None else found[n].sum(0)
-    return None, found[:n], dweight, None if initial is None else found[-1], None, None, None
-
-
-_ARGUMENTS = "str mode, Tensor[] inputs, Tensor? weight, Tensor? initial, Tensor? keep"
-_forward_op = torch.library.custom_op(
-    "clplat::diagonal",
-    _forward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool reverse, str backend) -> (Tensor, Tensor)",
-)
-_forward_op.register_fake(_forward_fake)
-_forward_op.register_autograd(_differentiate, setup_context=_save)
-_backward_op = torch.library.custom_op(
-    "clplat::diagonal_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor h, Tensor dh, Tensor dlast, bool reverse, str backend) -> Tensor[]",
-)
-_backward_op.register_fake(_backward_fake)

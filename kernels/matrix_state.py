@@ -6,18 +6,22 @@
 gated retention), one a step, head and key feature (GLA, HGRN2, RWKV-6); `mlstm` adds xLSTM's exponential input gate and
 normaliser. Rules that also erase (delta rule, Titans) are in `clplat.kernels.delta`.
 
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`. Queries, keys and values have
+whatever scale the caller gives them. `chunk` is C of the "cpu" back end, a power of two; the Triton kernels have their
+own.
+
 Letters: B batch, T time, N heads, K key width, V value width, C steps a chunk.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clplat.kernels.arguments import first_state, kept, sizes
 from clplat.kernels.backend import State, choose, state_dtype, without_autocast
+from clplat.kernels.custom_op import register
 
 EMPTY = -1e30
 """Log scale of an mLSTM state that holds nothing: finite, so that no difference of two of them is NaN."""
@@ -29,7 +33,7 @@ def matrix_state(
     v: Tensor,
     gate: Tensor | None = None,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
     reverse: bool = False,
@@ -49,29 +53,17 @@ def matrix_state(
         v: [B, T, N, V] values.
         gate: logarithm of the decay, at most 0 (-inf forgets everything): None (no decay), [N] (one a head), [B, T, N]
             (one a step and head) or [B, T, N, K] (one a step, head and key feature).
-        initial_state: (S [B, N, K, V],) before the first step; None is zero.
-        keep: [B, T] bool or 0/1; 0 makes the state zero before that step.
+        initial_state: (S [B, N, K, V],); fresh is 0.
         bonus: u [N, K]; outputs then read S_{t-1} + diag(u) k_t v_t^T, not S_t (Peng et al., "Eagle and Finch: RWKV with
             Matrix-Valued States and Dynamic Recurrence", 2024, arXiv:2404.05892, section 4). None reads S_t.
-        reverse: run from T-1 to 0; the final state is then the one after step 0.
-        backend: see `clplat.kernels.backend`; None chooses.
-        chunk: C of the "cpu" back end, a power of two. The Triton kernels have their own.
 
     Returns:
-        o [B, T, N, V] in v's dtype, and (S [B, N, K, V],) after the last step, float32 (float64 for float64 inputs).
-
-    Raises:
-        ValueError: shapes that do not fit one another, or a chunk that is no power of two.
+        o [B, T, N, V] in v's dtype, and (S [B, N, K, V],).
     """
-    check_qkv(q, k, v, chunk)
-    if gate is not None and tuple(gate.shape) not in (q.shape, q.shape[:3], q.shape[2:3]):
-        raise ValueError(
-            f"gate: got {tuple(gate.shape)}, allowed are [N], [B, T, N] and [B, T, N, K] of q {tuple(q.shape)}, or None."
-        )
-    if bonus is not None and bonus.shape != q.shape[2:]:
-        raise ValueError(f"bonus: got {tuple(bonus.shape)}, it has to be [N, K] = {tuple(q.shape[2:])} of q, or None.")
-    check_keep(keep, q)
-    (s,) = initial_states(q, v, initial_state, 1)
+    letters = {1: "N", 3: "B T N"}.get(0 if gate is None else gate.ndim, "B T N K")
+    known = check_sizes("matrix_state", q, k, v, chunk, gate=(gate, letters), bonus=(bonus, "N K"))
+    (s,) = first_state("matrix_state", initial_state, q, known, {"S": ("B N K V", 0.0)})
+    keep = kept("matrix_state", reset, q)
     if gate is not None:
         gate = gate[None, None].expand(1, *q.shape[1:3])[..., None] if gate.ndim == 1 else gate
         gate = gate[..., None] if gate.ndim == 3 else gate
@@ -95,7 +87,7 @@ def _reference(
     q, k, v = (x.to(s.dtype) for x in (q, k, v))
     for t in range(q.shape[1]):
         if keep is not None:
-            s = torch.where(keep[:, t, None, None, None].bool(), s, 0.0)
+            s = torch.where(keep[:, t, None, None, None], s, 0.0)
         new = k[:, t, :, :, None] * v[:, t, :, None]
         past = s
         s = (s if gate is None else gate[:, t, :, :, None].to(s.dtype).exp() * s) + new
@@ -118,15 +110,15 @@ def _run(
     """The custom op: no gate is a gate of 0, a reset is a gate of -inf, and a bonus reads with the next step's query."""
     gate = masked_gate(gate, keep, q)
     if bonus is None:
-        return torch.ops.clplat.matrix_state(q, k, v, gate, s, chunk, chosen)
+        return _op(q, k, v, gate, s, chunk, chosen)
     following = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], 1)
-    past, last = torch.ops.clplat.matrix_state(following, k, v, gate, s, chunk, chosen)
+    past, last = _op(following, k, v, gate, s, chunk, chosen)
     # A state that is forgotten at once takes no part: 0 times an infinite one would be the gradient of q.
-    read = s if keep is None else torch.where(keep[:, 0, None, None, None].bool(), s, 0.0)
+    read = s if keep is None else torch.where(keep[:, 0, None, None, None], s, 0.0)
     first = (q[:, :1, :, :, None].to(s.dtype) * read[:, None]).sum(3)
     past = torch.cat([first.to(v.dtype), past[:, :-1]], 1)
     if keep is not None:
-        past = torch.where(keep[:, :, None, None].bool(), past, 0.0)
+        past = torch.where(keep[:, :, None, None], past, 0.0)
     now = (q.to(s.dtype) * bonus.to(s.dtype) * k.to(s.dtype)).sum(-1, keepdim=True)
     return (past + now * v).to(v.dtype), last
 
@@ -135,51 +127,38 @@ def masked_gate(gate: Tensor | None, keep: Tensor | None, q: Tensor) -> Tensor:
     """One gate for all cases, [1 or B, T, 1 or N, 1 or K]: 0 where there is none, -inf where keep says 0."""
     if gate is None:
         gate = q.new_zeros((1, q.shape[1], 1, 1), dtype=state_dtype(q))
-    return gate if keep is None else torch.where(keep[:, :, None, None].bool(), gate, -torch.inf)
+    return gate if keep is None else torch.where(keep[:, :, None, None], gate, -torch.inf)
 
 
-@torch.library.custom_op("clplat::matrix_state", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int, backend: str
+) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from clplat.kernels import matrix_state_triton
 
         return matrix_state_triton.forward(q, k, v, gate, s)
-    return _forward(q, k, v, gate, s, chunk)
+    return _chunked_forward(q, k, v, gate, s, chunk)
 
 
-@_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int, backend: str) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), s.new_empty(s.shape)
-
-
-@torch.library.custom_op("clplat::matrix_state_backward", mutates_args=())
-def _op_backward(
+def _backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, do: Tensor, ds: Tensor, chunk: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if backend == "triton":
         from clplat.kernels import matrix_state_triton
 
         return matrix_state_triton.backward(q, k, v, gate, s, do, ds)
-    return _backward(q, k, v, gate, s, do, ds, chunk)
+    return _chunked_backward(q, k, v, gate, s, do, ds, chunk)
 
 
-@_op_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, do: Tensor, ds: Tensor, chunk: int, backend: str
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, gate, s))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _differentiate(ctx: Any, do: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.clplat.matrix_state_backward(*ctx.saved_tensors, do, ds, *ctx.options), None, None
-
-
-_op.register_autograd(_differentiate, setup_context=_setup)
+_op = register(
+    "matrix_state",
+    _forward,
+    _backward,
+    like=lambda q, k, v, gate, s, *_: (v, s),
+    gradients_like=lambda q, k, v, gate, s, *_: (q, k, v, gate, s),
+    saved=lambda q, k, v, gate, s, *_: (q, k, v, gate, s),
+    options=2,
+)
 
 
 def in_chunks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -280,7 +259,7 @@ class _Chunks:
 
 
 @without_autocast
-def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def _chunked_forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     c = _Chunks(q, k, v, gate, s, chunk)
     o = c.reached((c.q * c.start) @ c.states[:, :, :-1])
     if c.spans is not None:
@@ -295,7 +274,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, chunk: in
 
 
 @without_autocast
-def _backward(
+def _chunked_backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor, do: Tensor, ds: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gate and the initial state; what the forward pass made is made again, not saved.
@@ -369,7 +348,7 @@ def mlstm(
     input_gate: Tensor,
     forget_gate: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -393,39 +372,23 @@ def mlstm(
         v: [B, T, N, V] values.
         input_gate: [B, T, N], before the exponential.
         forget_gate: [B, T, N], before the sigmoid.
-        initial_state: (C [B, N, K, V], n [B, N, K], m [B, N]) before the first step; None is (0, 0, `EMPTY`).
-        keep: [B, T] bool or 0/1; 0 makes the state fresh before that step.
-        reverse: run from T-1 to 0.
-        backend: see `clplat.kernels.backend`; None chooses.
-        chunk: as in `matrix_state`.
+        initial_state: (C [B, N, K, V], n [B, N, K], m [B, N]); fresh is (0, 0, `EMPTY`).
 
     Returns:
-        h [B, T, N, V] in v's dtype, and (C, n, m) after the last step.
-
-    Raises:
-        ValueError: shapes that do not fit one another, or a chunk that is no power of two.
+        h [B, T, N, V] in v's dtype, and (C, n, m).
     """
-    check_qkv(q, k, v, chunk)
-    for name, x in (("input_gate", input_gate), ("forget_gate", forget_gate)):
-        if x.shape != q.shape[:3]:
-            raise ValueError(f"{name}: got {tuple(x.shape)}, it has to be [B, T, N] = {tuple(q.shape[:3])} of q.")
-    check_keep(keep, q)
-    if initial_state is None:
-        wide = state_dtype(q)
-        c = q.new_zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), dtype=wide)
-        initial_state = c, c.new_zeros(c.shape[:3]), c.new_full(c.shape[:2], EMPTY)
-    if len(initial_state) != 3 or [x.ndim for x in initial_state] != [4, 3, 2]:
-        shapes = [tuple(x.shape) for x in initial_state]
-        raise ValueError(f"initial_state: got shapes {shapes}, it has to be (C [B, N, K, V], n [B, N, K], m [B, N]).")
-    initial_state = tuple(x.to(state_dtype(q)) for x in initial_state)
+    gates = {"input_gate": (input_gate, "B T N"), "forget_gate": (forget_gate, "B T N")}
+    known = check_sizes("mlstm", q, k, v, chunk, **gates)
+    letters = {"C": ("B N K V", 0.0), "n": ("B N K", 0.0), "m": ("B N", EMPTY)}
+    state, keep = first_state("mlstm", initial_state, q, known, letters), kept("mlstm", reset, q)
     chosen = choose(backend, q)
     if reverse:
         q, k, v, input_gate, forget_gate = (x.flip(1) for x in (q, k, v, input_gate, forget_gate))
         keep = None if keep is None else keep.flip(1)
     if chosen == "reference":
-        h, state = _mlstm_reference(q, k, v, input_gate, forget_gate, initial_state, keep)
+        h, state = _mlstm_reference(q, k, v, input_gate, forget_gate, state, keep)
     else:
-        h, state = _mlstm_run(q, k, v, input_gate, forget_gate, initial_state, keep, chunk, chosen)
+        h, state = _mlstm_run(q, k, v, input_gate, forget_gate, state, keep, chunk, chosen)
     return (h.flip(1) if reverse else h), state
 
 
@@ -438,15 +401,15 @@ def _mlstm_run(
     q, k, v, i, f = (x.to(c.dtype) for x in (q, k, v, i, f))
     log_f = functional.logsigmoid(f)
     if keep is not None:
-        log_f = torch.where(keep[..., None].bool(), log_f, -torch.inf)
-        m0 = torch.where(keep[:, :1].bool(), m0, EMPTY)  # one that overflowed would make NaN of -inf + inf
+        log_f = torch.where(keep[..., None], log_f, -torch.inf)
+        m0 = torch.where(keep[:, :1], m0, EMPTY)  # one that overflowed would make NaN of -inf + inf
     with torch.no_grad():
         m = _stabiliser(log_f, i, m0)
     gate = log_f + torch.cat([m0[:, None], m[:, :-1]], 1) - m
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     both = torch.cat([c, n[..., None]], -1)
     keys = (i - m).exp()[..., None] * k
-    o, both = torch.ops.clplat.matrix_state(q, keys, values, gate[..., None], both, chunk, chosen)
+    o, both = _op(q, keys, values, gate[..., None], both, chunk, chosen)
     weight = torch.maximum(o[..., -1:].abs(), _floor(m)[..., None])
     return (o[..., :-1] / weight).to(kind), (both[..., :-1], both[..., -1], m[:, -1])
 
@@ -474,7 +437,7 @@ def _mlstm_reference(
     q, k, v, i, f = (x.to(c.dtype) for x in (q, k, v, i, f))
     for t in range(q.shape[1]):
         if keep is not None:
-            kept = keep[:, t, None].bool()
+            kept = keep[:, t, None]
             c, n = torch.where(kept[..., None, None], c, 0.0), torch.where(kept[..., None], n, 0.0)
             m = torch.where(kept, m, EMPTY)
         forget = functional.logsigmoid(f[:, t]) + m
@@ -492,44 +455,14 @@ def _floor(m: Tensor) -> Tensor:
     return (-m.clamp(max=80.0)).exp()
 
 
-def initial_states(q: Tensor, v: Tensor, initial_state: State | None, count: int) -> State:
-    """The initial state as `count` tensors [B, N, K, V] in the dtype of states; zeros where there is none.
+def check_sizes(
+    op: str, q: Tensor, k: Tensor, v: Tensor, chunk: int, **more: tuple[Tensor | None, str]
+) -> dict[str, int]:
+    """The size of each letter, of queries, keys, values and whatever else there is.
 
     Raises:
-        ValueError: another number of tensors, or other shapes.
+        ValueError: what does not fit, or a chunk that is no power of two.
     """
-    shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    wide = state_dtype(q)
-    if initial_state is None:
-        return tuple(q.new_zeros(shape, dtype=wide) for _ in range(count))
-    if len(initial_state) != count or any(s.shape != shape for s in initial_state):
-        shapes = [tuple(s.shape) for s in initial_state]
-        raise ValueError(
-            f"initial_state: got shapes {shapes}, it has to be a tuple of {count} of [B, N, K, V] = {shape}."
-        )
-    return tuple(s.to(wide) for s in initial_state)
-
-
-def check_keep(keep: Tensor | None, q: Tensor) -> None:
-    """Refuses a keep mask that is not [B, T].
-
-    Raises:
-        ValueError: another shape.
-    """
-    if keep is not None and keep.shape != q.shape[:2]:
-        raise ValueError(f"keep: got {tuple(keep.shape)}, it has to be [B, T] = {tuple(q.shape[:2])} of q, or None.")
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> None:
-    """Refuses queries, keys and values that do not fit one another, and chunks that are no power of two.
-
-    Raises:
-        ValueError: as said.
-    """
-    if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[1] < 1:
-        raise ValueError(
-            f"q, k, v: got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, they have to be [B, T, N, K], "
-            "[B, T, N, K] and [B, T, N, V] with at least one step."
-        )
     if chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"chunk: got {chunk}, it has to be a power of two, such as 64.")
+        raise ValueError(f"{op}: chunk={chunk}, it must be a power of two, such as 64.")
+    return sizes(op, {"q": (q, "B T N K"), "k": (k, "B T N K"), "v": (v, "B T N V"), **more})

@@ -1,5 +1,7 @@
 """The selective scan of Mamba: a diagonal state-space model whose step, input and output depend on the input.
 
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`.
+
 Letters: B batch, T time, D channels, S states a channel.
 """
 
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.kernels import backend as backends
-from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes
-from clplat.kernels.backend import State, choose, state_dtype
+from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes, widened
+from clplat.kernels.backend import State, choose_compiled
+from clplat.kernels.custom_op import register
 
 CHUNK = 32
 """Steps between two states that are kept for the backward pass, which computes those in between once more."""
@@ -26,7 +28,7 @@ def selective_scan(
     a: Tensor,
     skip: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -49,16 +51,10 @@ def selective_scan(
         c: [B, T, S].
         a: log decay a unit of time [D, S], negative.
         skip: [D].
-        initial_state: (h [B, D, S],), None for zeros.
-        keep: [B, T], 0 where the state is fresh before the step.
-        reverse: from the last step to the first.
-        backend: see `clplat.kernels.backend`.
+        initial_state: (h [B, D, S],); fresh is 0.
 
     Returns:
         y [B, T, D] in the dtype of x, and (h,) after the last step.
-
-    Raises:
-        ValueError: shapes that do not fit, no time step, a back end that cannot run here.
     """
     given = {
         "x": (x, "B T D"),
@@ -70,15 +66,12 @@ def selective_scan(
     }
     known = sizes("selective_scan", given)
     (h,) = first_state("selective_scan", initial_state, x, known, {"h": ("B D S", 0.0)})
-    mask = keep_mask("selective_scan", keep, x)
-    chosen, wide = choose(backend, x), state_dtype(x)
-    if chosen == "reference" or (chosen == "cpu" and not backends.HAS_NUMBA):
-        return _reference(x, dt, b, c, a, skip, h, mask, reverse)
-    if chosen == "cpu":
-        y, last, _ = _forward(*(z.to(wide) for z in (x, dt, b, c, a, skip)), h, mask, reverse, chosen)
-        return y.to(x.dtype), (last,)
-    y, last, _ = _forward(x, dt, b, c, a, skip, h, mask, reverse, chosen)
-    return y, (last,)
+    keep = keep_mask("selective_scan", reset, x)
+    chosen = choose_compiled(backend, x)
+    if chosen == "reference":
+        return _reference(x, dt, b, c, a, skip, h, keep, reverse)
+    y, last, _ = _scan(*widened(chosen, x, x, dt, b, c, a, skip), h, keep, reverse, chosen)
+    return y.to(x.dtype), (last,)
 
 
 def _reference(
@@ -104,7 +97,14 @@ def _reference(
     return flipped(torch.stack(rows, 1), reverse).to(x.dtype), (h,)
 
 
-@torch.library.custom_op("clplat::selective_scan", mutates_args=())
+def _code(backend: str):
+    if backend == "cpu":
+        from clplat.kernels import selective_cpu as code
+    else:
+        from clplat.kernels import selective_triton as code
+    return code
+
+
 def _forward(
     x: Tensor,
     dt: Tensor,
@@ -118,34 +118,14 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the states before every chunk [B, chunks, S, D]."""
-    if backend == "cpu":
-        from clplat.kernels import selective_cpu
-
-        return selective_cpu.forward(x, dt, b, c, a, skip, h, keep, reverse)
-    from clplat.kernels import selective_triton
-
-    return selective_triton.forward(x, dt, b, c, a, skip, h, keep, reverse)
+    return _code(backend).forward(x, dt, b, c, a, skip, h, keep, reverse)
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a: Tensor,
-    skip: Tensor,
-    h: Tensor,
-    keep: Tensor,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _like(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, skip: Tensor, h: Tensor, *_: Any):
     rows, steps, width = x.shape
-    chunks = (steps + CHUNK - 1) // CHUNK
-    return x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(rows, chunks, h.shape[2], width)
+    return x, h, h.new_empty(rows, (steps + CHUNK - 1) // CHUNK, h.shape[2], width)
 
 
-@torch.library.custom_op("clplat::selective_scan_backward", mutates_args=())
 def _backward(
     x: Tensor,
     dt: Tensor,
@@ -169,44 +149,15 @@ def _backward(
         db_t = sum_d g_t dt_t x_t                   dc_t = sum_d dy_t h_t
         da = sum_t g_t dt_t A_t h_{t-1}             dskip = sum_t dy_t x_t
     """
-    if backend == "cpu":
-        from clplat.kernels import selective_cpu
-
-        return selective_cpu.backward(x, dt, b, c, a, skip, keep, states, dy, dh, reverse)
-    from clplat.kernels import selective_triton
-
-    return selective_triton.backward(x, dt, b, c, a, skip, keep, states, dy, dh, reverse)
+    return _code(backend).backward(x, dt, b, c, a, skip, keep, states, dy, dh, reverse)
 
 
-@_backward.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a: Tensor,
-    skip: Tensor,
-    keep: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x1, dt1, b1, c1, a1, skip1 = (z.new_empty(z.shape) for z in (x, dt, b, c, a, skip))
-    return x1, dt1, b1, c1, a1, skip1, dh.new_empty(dh.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, dt, b, c, a, skip, _, keep, ctx.reverse, ctx.backend = inputs
-    states = output[2]
-    ctx.mark_non_differentiable(states)
-    ctx.save_for_backward(x, dt, b, c, a, skip, keep, states)
-
-
-def _gradient(ctx: Any, dy: Tensor, dh: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    found = _backward(*ctx.saved_tensors, dy, dh, ctx.reverse, ctx.backend)
-    return (*found, None, None, None)
-
-
-_forward.register_autograd(_gradient, setup_context=_setup)
+_scan = register(
+    "selective_scan",
+    _forward,
+    _backward,
+    like=_like,
+    gradients_like=lambda x, dt, b, c, a, skip, keep, states, dy, dh, *_: (x, dt, b, c, a, skip, dh),
+    saved=lambda x, dt, b, c, a, skip, h, keep, reverse, backend, y, last, states: (x, dt, b, c, a, skip, keep, states),
+    options=2,
+)

@@ -1,5 +1,7 @@
 """The time mixing of RWKV-4: a mean of values with weights that decay channel by channel, and a bonus for the newest.
 
+`initial_state`, `reset`, `reverse`, `backend` and errors: see `clplat.kernels.backend`.
+
 Letters: B batch, T time, D channels.
 """
 
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.kernels import backend as backends
-from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes
-from clplat.kernels.backend import State, choose, state_dtype
+from clplat.kernels.arguments import first_state, flipped, keep_mask, sizes, widened
+from clplat.kernels.backend import State, choose_compiled, state_dtype
+from clplat.kernels.custom_op import register
 
 FRESH = -1e30
 """The fresh scale: finite, so that no difference of two of them is NaN, and below every key."""
@@ -26,7 +28,7 @@ def wkv(
     decay: Tensor,
     bonus: Tensor,
     initial_state: State | None = None,
-    keep: Tensor | None = None,
+    reset: Tensor | None = None,
     *,
     reverse: bool = False,
     backend: str | None = None,
@@ -48,31 +50,22 @@ def wkv(
         v: values [B, T, D].
         decay: w [D]; at least 0 for weights that do not grow.
         bonus: u [D].
-        initial_state: (num, den, max), each [B, D]; None for a fresh one: 0, 0, -1e30.
-        keep: [B, T], 0 where the state is fresh before the step.
-        reverse: from the last step to the first.
-        backend: see `clplat.kernels.backend`.
+        initial_state: (num, den, max), each [B, D]; fresh is 0, 0, -1e30.
 
     Returns:
         y [B, T, D] in the dtype of the values, and the state after the last step.
-
-    Raises:
-        ValueError: shapes that do not fit, no time step, a back end that cannot run here.
     """
     given = {"k": (k, "B T D"), "v": (v, "B T D"), "decay": (decay, "D"), "bonus": (bonus, "D")}
     known = sizes("wkv", given)
     letters = {"num": ("B D", 0.0), "den": ("B D", 0.0), "max": ("B D", FRESH)}
     state = first_state("wkv", initial_state, v, known, letters)
-    mask = keep_mask("wkv", keep, v)
-    chosen, wide = choose(backend, v), state_dtype(v)
-    if chosen == "reference" or (chosen == "cpu" and not backends.HAS_NUMBA):
-        return _reference(k, v, decay.to(wide), bonus.to(wide), state, mask, reverse)
-    if chosen == "cpu":
-        inputs = (x.to(wide) for x in (k, v, decay, bonus))
-        y, num, den, top, _ = _forward(*inputs, *state, mask, reverse, chosen)
-        return y.to(v.dtype), (num, den, top)
-    y, num, den, top, _ = _forward(k, v, decay, bonus, *state, mask, reverse, chosen)
-    return y, (num, den, top)
+    keep = keep_mask("wkv", reset, v)
+    chosen = choose_compiled(backend, v)
+    if chosen == "reference":
+        wide = state_dtype(v)
+        return _reference(k, v, decay.to(wide), bonus.to(wide), state, keep, reverse)
+    y, num, den, top, _ = _scan(*widened(chosen, v, k, v, decay, bonus), *state, keep, reverse, chosen)
+    return y.to(v.dtype), (num, den, top)
 
 
 def _reference(
@@ -95,11 +88,14 @@ def _reference(
     return flipped(torch.stack(rows, 1), reverse).to(v.dtype), (num, den, top)
 
 
-def _chunks(steps: int) -> int:
-    return (steps + CHUNK - 1) // CHUNK
+def _code(backend: str):
+    if backend == "cpu":
+        from clplat.kernels import wkv_cpu as code
+    else:
+        from clplat.kernels import wkv_triton as code
+    return code
 
 
-@torch.library.custom_op("clplat::wkv", mutates_args=())
 def _forward(
     k: Tensor,
     v: Tensor,
@@ -113,34 +109,14 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, and the states before every chunk [3, B, chunks, D]."""
-    if backend == "cpu":
-        from clplat.kernels import wkv_cpu
-
-        return wkv_cpu.forward(k, v, w, u, num, den, top, keep, reverse)
-    from clplat.kernels import wkv_triton
-
-    return wkv_triton.forward(k, v, w, u, num, den, top, keep, reverse)
+    return _code(backend).forward(k, v, w, u, num, den, top, keep, reverse)
 
 
-@_forward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    num: Tensor,
-    den: Tensor,
-    top: Tensor,
-    keep: Tensor,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _like(k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor, *_: Any):
     b, t, d = v.shape
-    last = (num.new_empty(num.shape), den.new_empty(den.shape), top.new_empty(top.shape))
-    return v.new_empty(v.shape), *last, num.new_empty(3, b, _chunks(t), d)
+    return v, num, den, top, num.new_empty(3, b, (t + CHUNK - 1) // CHUNK, d)
 
 
-@torch.library.custom_op("clplat::wkv_backward", mutates_args=())
 def _backward(
     k: Tensor,
     v: Tensor,
@@ -168,45 +144,16 @@ def _backward(
         dv = e2 dA + f2 P'                      dk = e2 (v dA + dE) + f2 (v P' + Q')
         du = sum e2 (v dA + dE)                 dw = -sum f1 (n P' + d Q')              dmax = num P + den Q
     """
-    if backend == "cpu":
-        from clplat.kernels import wkv_cpu
-
-        return wkv_cpu.backward(k, v, w, u, num, den, keep, states, dy, dnum, dden, reverse)
-    from clplat.kernels import wkv_triton
-
-    return wkv_triton.backward(k, v, w, u, num, den, keep, states, dy, dnum, dden, reverse)
+    return _code(backend).backward(k, v, w, u, num, den, keep, states, dy, dnum, dden, reverse)
 
 
-@_backward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    num: Tensor,
-    den: Tensor,
-    keep: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    dnum: Tensor,
-    dden: Tensor,
-    reverse: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (k.new_empty(k.shape), v.new_empty(v.shape), w.new_empty(w.shape), u.new_empty(u.shape))
-    return *inputs, num.new_empty(num.shape), num.new_empty(num.shape), num.new_empty(num.shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    k, v, w, u, num, den, _, keep, ctx.reverse, ctx.backend = inputs
-    states = output[4]
-    ctx.mark_non_differentiable(states)
-    ctx.save_for_backward(k, v, w, u, num, den, keep, states)
-
-
-def _gradient(ctx: Any, dy: Tensor, dnum: Tensor, dden: Tensor, _: Any, __: Any) -> tuple[Tensor | None, ...]:
-    found = _backward(*ctx.saved_tensors, dy, dnum, dden, ctx.reverse, ctx.backend)
-    return (*found, None, None, None)
-
-
-_forward.register_autograd(_gradient, setup_context=_setup)
+_scan = register(
+    "wkv",
+    _forward,
+    _backward,
+    like=_like,
+    gradients_like=lambda k, v, w, u, num, *_: (k, v, w, u, num, num, num),
+    saved=lambda k, v, w, u, num, den, top, keep, reverse, backend, *out: (k, v, w, u, num, den, keep, out[-1]),
+    options=2,
+    read=(0, 1, 2),
+)

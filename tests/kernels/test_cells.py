@@ -143,13 +143,13 @@ def test_triton_sees_aligned_tensors_only(name: str, d: int, monkeypatch: pytest
     found = []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
-        x, weights, h, keep = (
+        x, weights, h, reset = (
             torch.randn(shape.numel() + 1)[1:].view(shape)
             for shape in map(torch.Size, ((B, T, N, 4, d), (N, 4, d, d), (4, B, N, d), (B, T)))
         )
         x, weights = x.requires_grad_(), (weights / d**0.5).requires_grad_()
         state = tuple(h[: {"lstm": 2, "gru": 1, "elman": 1, "slstm": 4, "lem": 2}[name]].exp())
-        y, last = call(name, x, weights, initial_state=state, keep=keep > -1, backend=backend)
+        y, last = call(name, x, weights, initial_state=state, reset=reset <= -1, backend=backend)
         grads = torch.autograd.grad(y.square().sum() + last[0].sum(), (x, weights))
         found.append((y, *last, *grads))
     for actual, expected in zip(found[1], found[0], strict=True):
@@ -239,9 +239,9 @@ def test_a_reset_stops_what_overflowed(name: str, backend: str) -> None:
     x, weights = torch.randn(B, T, N, 4, D), torch.randn(N, 4, D, D)
     sizes = {"lstm": 2, "gru": 1, "elman": 1, "slstm": 4, "lem": 2}[name]
     broken = tuple(torch.full((B, N, D), float("nan")) for _ in range(sizes))
-    keep = torch.ones(B, T, dtype=torch.bool)
-    keep[:, 0] = False
-    y, last = call(name, x, weights, initial_state=broken, keep=keep, backend=backend)
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[:, 0] = True
+    y, last = call(name, x, weights, initial_state=broken, reset=reset, backend=backend)
     assert all(a.isfinite().all() for a in (y, *last))
 
 
@@ -259,23 +259,25 @@ def test_autocast_keeps_the_state_single(name: str) -> None:
 
 def test_wrong_calls_are_refused() -> None:
     x, weights = torch.randn(B, T, N, 4, D), torch.randn(N, 4, D, D)
-    with pytest.raises(ValueError, match=r"lstm: gates \[2, 6, 2, 20\].*\[B, T, N, 4, d\]"):
+    with pytest.raises(ValueError, match=r"lstm: gates has shape \[2, 6, 2, 20\].*\[B=2, T=6, N=2, 4, d\]"):
         lstm(x.flatten(3), weights)
-    with pytest.raises(ValueError, match=r"recurrent \[2, 4, 5, 4\].*\[2, 4, 5, 5\]"):
+    with pytest.raises(ValueError, match=r"slstm: recurrent has shape \[2, 4, 5, 4\].*\[N=2, 4, d=5, d=5\]"):
         slstm(x, weights[..., :4])
-    with pytest.raises(ValueError, match=r"keep \[2, 5\].*\[2, 6\]"):
-        lem(x, weights, keep=torch.ones(B, T - 1))
-    with pytest.raises(ValueError, match=r"2 tensors \[B, N, d\]"):
+    with pytest.raises(ValueError, match=r"lem: reset has shape \[2, 5\].*\[2, 6\]"):
+        lem(x, weights, reset=torch.zeros(B, T - 1))
+    with pytest.raises(ValueError, match=r"got 1 tensors as initial state, it takes 2: \(h, c\)"):
         lstm(x, weights, (torch.zeros(B, N, D),))
-    with pytest.raises(ValueError, match=r"peepholes \[3, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"peepholes has shape \[3, 2, 4\], it must be \[3, N=2, d=5\]"):
         lstm(x, weights, peepholes=torch.zeros(3, N, D - 1))
+    with pytest.raises(ValueError, match=r"lstm: gates has shape \[0, 6, 2, 4, 5\], no size may be 0"):
+        lstm(x[:0], weights)
     with pytest.raises(ValueError, match="coupled=True needs"):
         lstm(x, weights, coupled=True, forget_gate=False)
     with pytest.raises(ValueError, match="dt=0"):
         lem(x, weights, dt=0)
     with pytest.raises(ValueError, match="full_gate_recurrence has no Triton kernel"):
         lstm(x, weights, full_gate_recurrence=torch.zeros(N, 3, 3, D, D), backend="triton")
-    with pytest.raises(ValueError, match="elman: gates"):
+    with pytest.raises(ValueError, match=r"elman: gates has shape \[2, 6, 2, 4, 5\]"):
         elman(x, weights)
     wide = partial(elman, torch.randn(1, 1, 1, 100), backend="triton")
     with pytest.raises(ValueError, match=r"width 100 with torch\.float32.*at most 64"):

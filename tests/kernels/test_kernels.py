@@ -38,7 +38,7 @@ class Case:
     """One op with the means to make its inputs; everything is float64 and drawn from a generator.
 
     Attributes:
-        op: called as op(*inputs, *weights, initial_state, keep, reverse=..., backend=...).
+        op: called as op(*inputs, *weights, initial_state, reset, reverse=..., backend=...).
         inputs: (B, T, D, draw) -> tensors [B, T, ...].
         weights: (D, draw) -> tensors without batch and time.
         state: (B, D, draw) -> tensors [B, ...].
@@ -332,12 +332,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Given:
-    """Leaves of one call: inputs, weights, initial state, keep mask [B, T]."""
+    """Leaves of one call: inputs, weights, initial state, resets [B, T]."""
 
     inputs: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
     state: State
-    keep: Tensor
+    reset: Tensor
 
     def leaves(self) -> list[Tensor]:
         return [*self.inputs, *self.weights, *self.state]
@@ -350,24 +350,24 @@ class Given:
             return x.detach().to(device, kind).requires_grad_()
 
         inputs, weights, state = (tuple(map(moved, part)) for part in (self.inputs, self.weights, self.state))
-        return Given(inputs, weights, state, self.keep.to(device))
+        return Given(inputs, weights, state, self.reset.to(device))
 
 
 def given(name: str, b: int | None = None, t: int | None = None, d: int | None = None, seed: int = 1) -> Given:
     case, draw = CASES[name], Draw(seed)
     b, t, d = b or case.shape[0], t or case.shape[1], d or case.shape[2]
     inputs, weights, state = case.inputs(b, t, d, draw), case.weights(d, draw), case.state(b, d, draw)
-    keep = torch.rand(b, t, generator=draw.generator) > 0.2
-    keep[0] = True
+    reset = torch.rand(b, t, generator=draw.generator) <= 0.2
+    reset[0] = False
     for x in (*inputs, *weights, *state):
         x.requires_grad_()
-    return Given(inputs, weights, state, keep)
+    return Given(inputs, weights, state, reset)
 
 
-def run(name: str, g: Given, backend: str | None, keep: bool = False, reverse: bool = False) -> list[Tensor]:
+def run(name: str, g: Given, backend: str | None, resets: bool = False, reverse: bool = False) -> list[Tensor]:
     """y and the final state, as one list."""
     case = CASES[name]
-    y, last = case.op(*g.inputs, *g.weights, g.state, g.keep if keep else None, reverse=reverse, backend=backend)
+    y, last = case.op(*g.inputs, *g.weights, g.state, g.reset if resets else None, reverse=reverse, backend=backend)
     return [y, *case.after(last)]
 
 
@@ -409,12 +409,12 @@ def defined(name: str, backend: str) -> tuple[Given, float]:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
 @each_backend
-def test_values_and_gradients_equal_the_reference(name: str, backend: str, keep: bool, reverse: bool) -> None:
+def test_values_and_gradients_equal_the_reference(name: str, backend: str, resets: bool, reverse: bool) -> None:
     exact = given(name)
     single = exact.to(torch.float32, device_of(backend))
-    expected, actual = run(name, exact, "reference", keep, reverse), run(name, single, backend, keep, reverse)
+    expected, actual = run(name, exact, "reference", resets, reverse), run(name, single, backend, resets, reverse)
     assert_near(actual, expected, 2e-6)
     assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
 
@@ -440,7 +440,7 @@ def test_gradcheck(name: str, backend: str, reverse: bool) -> None:
     n, w = len(g.inputs), len(g.weights)
 
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
-        part = Given(leaves[:n], leaves[n : n + w], leaves[n + w :], g.keep)
+        part = Given(leaves[:n], leaves[n : n + w], leaves[n + w :], g.reset)
         return tuple(run(name, part, backend, True, reverse))
 
     assert torch.autograd.gradcheck(call, tuple(g.leaves()))
@@ -453,25 +453,25 @@ def test_cut_in_two_equals_the_whole(name: str, backend: str, cut: int) -> None:
     early = tuple(x[:, :cut] for x in g.inputs)
     late = tuple(x[:, cut:] for x in g.inputs)
     whole = run(name, g, backend, True)
-    y1, between = op(*early, *g.weights, g.state, g.keep[:, :cut], backend=backend)
-    y2, last = op(*late, *g.weights, between, g.keep[:, cut:], backend=backend)
+    y1, between = op(*early, *g.weights, g.state, g.reset[:, :cut], backend=backend)
+    y2, last = op(*late, *g.weights, between, g.reset[:, cut:], backend=backend)
     halves = [torch.cat([y1, y2], 1), *after(last)]
     assert_near(halves, whole, exact)
     assert_near(gradients(halves, g.leaves()), gradients(whole, g.leaves()), 100 * exact)
 
 
 @each_definition
-def test_keep_mask_equals_separate_documents(name: str, backend: str) -> None:
+def test_resets_equal_separate_documents(name: str, backend: str) -> None:
     (g, exact), op, after = defined(name, backend), CASES[name].op, CASES[name].after
-    g.keep[1, 0] = False
+    g.reset[1, 0] = True
     whole = run(name, g, backend, True)
     rows, lasts = [], []
-    for b in range(len(g.keep)):
-        starts = sorted({0, *(~g.keep[b]).nonzero().flatten().tolist()})
+    for b in range(len(g.reset)):
+        starts = sorted({0, *g.reset[b].nonzero().flatten().tolist()})
         pieces = []
         kept: State | None = None
-        for start, end in itertools.pairwise([*starts, g.keep.shape[1]]):
-            kept = tuple(s[b : b + 1] for s in g.state) if start == 0 and g.keep[b, 0] else None
+        for start, end in itertools.pairwise([*starts, g.reset.shape[1]]):
+            kept = tuple(s[b : b + 1] for s in g.state) if start == 0 and not g.reset[b, 0] else None
             y, kept = op(*(x[b : b + 1, start:end] for x in g.inputs), *g.weights, kept, backend=backend)
             pieces.append(y)
         assert kept is not None
@@ -485,7 +485,7 @@ def test_keep_mask_equals_separate_documents(name: str, backend: str) -> None:
 @each_definition
 def test_reverse_equals_a_flip_of_time(name: str, backend: str) -> None:
     g, exact = defined(name, backend)
-    flipped = Given(tuple(x.flip(1) for x in g.inputs), g.weights, g.state, g.keep.flip(1))
+    flipped = Given(tuple(x.flip(1) for x in g.inputs), g.weights, g.state, g.reset.flip(1))
     back, flip = run(name, g, backend, True, True), run(name, flipped, backend, True)
     flip[0] = flip[0].flip(1)
     assert_near(back, flip, exact)
@@ -496,7 +496,7 @@ def test_reverse_equals_a_flip_of_time(name: str, backend: str) -> None:
 def test_rows_do_not_depend_on_one_another(name: str, backend: str) -> None:
     g = given(name).to(torch.float32, device_of(backend))
     rows = torch.tensor([2, 0, 1], device=device_of(backend))
-    moved = Given(tuple(x[rows] for x in g.inputs), g.weights, tuple(s[rows] for s in g.state), g.keep[rows])
+    moved = Given(tuple(x[rows] for x in g.inputs), g.weights, tuple(s[rows] for s in g.state), g.reset[rows])
     assert_near(run(name, moved, backend, True), [o[rows] for o in run(name, g, backend, True)], 1e-6)
 
 
@@ -507,7 +507,7 @@ def test_inputs_need_not_be_contiguous(name: str, backend: str) -> None:
         tuple(_strided(x) for x in g.inputs),
         tuple(_strided(x) for x in g.weights),
         tuple(_strided(x) for x in g.state),
-        g.keep.t().contiguous().t(),
+        g.reset.t().contiguous().t(),
     )
     whole, parts = run(name, g, backend, True), run(name, strided, backend, True)
     assert_near(parts, whole, 1e-6)
@@ -535,13 +535,13 @@ def test_every_output_is_written(name: str, backend: str) -> None:
 
 @each_backend
 def test_without_a_state_it_is_the_fresh_one(name: str, backend: str) -> None:
-    """None as initial state equals a keep mask that forgets the given one at the first step."""
+    """None as initial state equals a reset that forgets the given one at the first step."""
     g = given(name).to(torch.float32, device_of(backend))
-    keep = torch.ones_like(g.keep)
-    keep[:, 0] = False
+    reset = torch.zeros_like(g.reset)
+    reset[:, 0] = True
     op, after = CASES[name].op, CASES[name].after
     y, last = op(*g.inputs, *g.weights, None, None, backend=backend)
-    y2, last2 = op(*g.inputs, *g.weights, g.state, keep, backend=backend)
+    y2, last2 = op(*g.inputs, *g.weights, g.state, reset, backend=backend)
     assert_near([y, *after(last)], [y2, *after(last2)], 1e-6)
 
 
@@ -551,7 +551,7 @@ def test_half_precision_inputs(name: str, backend: str) -> None:
     g = given(name).to(torch.bfloat16, device_of(backend))
     if any(x.is_complex() for x in g.inputs):
         pytest.skip("there is no complex bf16")
-    g = Given(g.inputs, g.weights, tuple(s.detach().float().requires_grad_() for s in g.state), g.keep)
+    g = Given(g.inputs, g.weights, tuple(s.detach().float().requires_grad_() for s in g.state), g.reset)
     exact = g.to(torch.float64, torch.device("cpu"))
     actual, expected = run(name, g, backend, True), run(name, exact, "reference", True)
     assert actual[0].dtype == torch.bfloat16
@@ -572,15 +572,15 @@ def test_autocast_leaves_states_and_their_products_alone(name: str) -> None:
     assert_near(gradients(actual, g.leaves()), gradients(expected, g.leaves()), 1e-5)
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("resets", [False, True])
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if "triton" in case.backends])
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_long_sequences_on_a_device(name: str, keep: bool) -> None:
+def test_long_sequences_on_a_device(name: str, resets: bool) -> None:
     """Many tiles in every direction, which the interpreter has no time for."""
     exact = given(name, 5, 1030, CASES[name].sizes[-1]).to(torch.float64, DEVICE)
     single = exact.to(torch.float32, DEVICE)
-    expected, actual = run(name, exact, "reference", keep), run(name, single, "triton", keep)
+    expected, actual = run(name, exact, "reference", resets), run(name, single, "triton", resets)
     assert_near(actual, expected, 1e-5)
     assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-5)
 
@@ -633,7 +633,7 @@ def test_transforms_of_torch_func_take_the_reference(name: str) -> None:
     expected = gradients(run(name, g, "reference", True), g.leaves())
 
     def score(inputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], state: State) -> Tensor:
-        return uneven_sum(run(name, Given(inputs, weights, state, g.keep), None, True))
+        return uneven_sum(run(name, Given(inputs, weights, state, g.reset), None, True))
 
     inputs, weights, state = torch.func.grad(score, (0, 1, 2))(g.inputs, g.weights, g.state)
     assert_near([*inputs, *weights, *state], expected, 1e-9)

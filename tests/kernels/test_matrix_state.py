@@ -44,9 +44,9 @@ def test_an_overflowed_state_does_not_outlive_a_reset(name: str, backend: str) -
     for x in args:
         x.requires_grad_()
     state = tuple(torch.full((B, N, K, V), torch.inf, dtype=torch.float64) for _ in range(count))
-    keep = torch.ones(B, T, dtype=torch.bool)
-    keep[:, 0] = False
-    o, last = op(*args, state, keep, backend=backend)
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    reset[:, 0] = True
+    o, last = op(*args, state, reset, backend=backend)
     fresh, _ = op(*args, backend="reference")
     assert torch.allclose(o, fresh, atol=1e-12)
     assert all(s.isfinite().all() for s in last)
@@ -130,21 +130,21 @@ def test_gradients_at_the_ends_of_the_rates_of_titans() -> None:
 
 def test_bad_input_is_refused() -> None:
     q, k, v = qkv()
-    with pytest.raises(ValueError, match=r"gate: got .* allowed are"):
+    with pytest.raises(ValueError, match=r"matrix_state: gate has shape \[2, 36, 2\], it must be \[B=2, T=37, N=2\]"):
         matrix_state(q, k, v, rate()[:, 1:])
-    with pytest.raises(ValueError, match="q, k, v: got"):
+    with pytest.raises(ValueError, match=r"k has shape \[2, 37, 2, 4\], it must be \[B=2, T=37, N=2, K=5\]"):
         matrix_state(q, k[..., 1:], v)
-    with pytest.raises(ValueError, match="chunk: got 48"):
+    with pytest.raises(ValueError, match="chunk=48"):
         matrix_state(q, k, v, chunk=48)
-    with pytest.raises(ValueError, match="bonus: got"):
+    with pytest.raises(ValueError, match=r"bonus has shape \[2\], it must be \[N=2, K=5\]"):
         matrix_state(q, k, v, bonus=normal(N))
-    with pytest.raises(ValueError, match="keep: got"):
-        delta_rule(q, k, v, rate(), keep=torch.ones(B, dtype=torch.bool))
-    with pytest.raises(ValueError, match="beta: got"):
+    with pytest.raises(ValueError, match=r"delta_rule: reset has shape \[2\], it must be \[B, T\]=\[2, 37\]"):
+        delta_rule(q, k, v, rate(), reset=torch.ones(B, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"beta has shape \[2, 37, 2, 1\]"):
         delta_rule(q, k, v, rate()[..., None])
-    with pytest.raises(ValueError, match="tuple of 2"):
+    with pytest.raises(ValueError, match=r"got 1 tensors as initial state, it takes 2: \(M, S\)"):
         titans(q, k, v, rate(), rate(), rate(), (normal(B, N, K, V),))
-    with pytest.raises(ValueError, match="input_gate: got"):
+    with pytest.raises(ValueError, match=r"mlstm: input_gate has shape \[1, 37, 2\]"):
         mlstm(q, k, v, rate()[:1], rate())
 
 
@@ -175,8 +175,8 @@ def test_titans_with_strong_gates_over_many_chunks(scale: float) -> None:
 
 def test_an_overflowed_state_that_is_forgotten_has_no_gradient_with_a_bonus() -> None:
     q = torch.randn(1, 3, 1, 2, requires_grad=True)
-    state, keep = (torch.full((1, 1, 2, 2), torch.inf),), torch.tensor([[False, True, True]])
-    o, _ = matrix_state(q, q, q, None, state, keep, bonus=torch.ones(1, 2))
+    state, reset = (torch.full((1, 1, 2, 2), torch.inf),), torch.tensor([[True, False, False]])
+    o, _ = matrix_state(q, q, q, None, state, reset, bonus=torch.ones(1, 2))
     assert torch.autograd.grad(o.sum(), q)[0].isfinite().all()
 
 

@@ -46,13 +46,13 @@ def test_triton_at_every_block_of_channels(states: int, width: int, reverse: boo
     torch.manual_seed(states)
     shapes = (2, 3, width), (2, 3, width), (2, 3, states), (2, 3, states), (width, states), (width,), (2, width, states)
     x, dt, b, c, a, skip, h = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    dt, a, keep = dt.abs(), -a.abs(), torch.tensor([[1, 1, 1], [1, 0, 1]])
+    dt, a, reset = dt.abs(), -a.abs(), torch.tensor([[0, 0, 0], [0, 1, 0]])
     exact = [z.requires_grad_() for z in (x, dt, b, c, a, skip, h)]
     single = [z.detach().to(DEVICE, torch.float32).requires_grad_() for z in exact]
     found = []
     for leaves, backend in ((exact, "reference"), (single, "triton")):
         x, dt, b, c, a, skip, h = leaves
-        y, (last,) = selective_scan(x, dt, b, c, a, skip, (h,), keep.to(h.device), reverse=reverse, backend=backend)
+        y, (last,) = selective_scan(x, dt, b, c, a, skip, (h,), reset.to(h.device), reverse=reverse, backend=backend)
         loss = (y * torch.arange(3, device=y.device)[:, None]).sum() + (last**2).sum()
         found.append((y, last, *torch.autograd.grad(loss, leaves)))
     for expected, actual in zip(*found, strict=True):
@@ -66,7 +66,7 @@ def test_an_overflowed_state_does_not_leak_past_a_fresh_start(backend: str) -> N
     x[0, 0] = torch.inf
     x.requires_grad_()
     y, (last,) = selective_scan(
-        x, torch.ones(1, 3, 2), b, b, a, torch.zeros(2), keep=torch.tensor([[1, 0, 1]]), backend=backend
+        x, torch.ones(1, 3, 2), b, b, a, torch.zeros(2), reset=torch.tensor([[0, 1, 0]]), backend=backend
     )
     (dx,) = torch.autograd.grad(y[:, 1:].sum() + last.sum(), x)
     assert last.isfinite().all()

@@ -38,7 +38,7 @@ def test_bad_shapes_are_refused() -> None:
         softmax_scan(scores, values[:, :2])
     with pytest.raises(ValueError, match="no time step"):
         softmax_scan(scores[:, :0], values[:, :0])
-    with pytest.raises(ValueError, match=r"keep has shape \[2, 4\], it must be \[B, T\]=\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"reset has shape \[2, 4\], it must be \[B, T\]=\[2, 3\]"):
         softmax_scan(scores, values, None, torch.ones(2, 4))
     with pytest.raises(ValueError, match="got 1 tensors as initial state, it takes 2"):
         softmax_scan(scores, values, (scores[:, 0],))

@@ -48,5 +48,5 @@ class Aaren(Mixer):
         k, v = self.project(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
         q = self.query(self.token).view(self.heads, -1)
         scores = (k * q).sum(-1) * q.shape[-1] ** -0.5
-        y, state = softmax_scan(scores, v, state, None if reset is None else ~reset)
+        y, state = softmax_scan(scores, v, state, reset)
         return self.out(y.flatten(2)), state

@@ -56,5 +56,5 @@ class BlockLRNN(Mixer):
         blocks = blocks / norms.amax(-1, keepdim=True).clamp(min=TINY)
         u = self.value(x).unflatten(-1, (-1, self.block))
         memory = None if state is None else (state[0].unflatten(-1, (-1, self.block)),)
-        y, (h,) = block_scan(blocks, u, memory, None if reset is None else ~reset)
+        y, (h,) = block_scan(blocks, u, memory, reset)
         return y.flatten(2), (h.flatten(1),)

@@ -74,7 +74,7 @@ class Elman(Mixer):
         if reset is not None or compiled(self, x):
             w, u, bw, bu = self._weights()
             gates = F.linear(x, w, bw + bu)[:, :, None]
-            y, (h,) = cells.elman(gates, u.t()[None], (h[:, None],), None if reset is None else ~reset, relu=self.relu)
+            y, (h,) = cells.elman(gates, u.t()[None], (h[:, None],), reset, relu=self.relu)
             return y[:, :, 0], (h[:, 0],)
         # As in LSTM: cuDNN's inference mode has no backward, and eval mode must not ask for it.
         y, h = self._run(x, h[None].contiguous(), self._weights(), True, 1, 0.0, torch.is_grad_enabled(), False, True)

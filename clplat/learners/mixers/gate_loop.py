@@ -43,16 +43,15 @@ class GateLoop(Mixer):
         self, x: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
         q, k, v = self.project(x).chunk(3, -1)
-        keep = None if reset is None else ~reset
         wide = state_dtype(x)  # there are no complex numbers of half precision, nor decays
         decay, added = self.decay(x).to(wide), (k * v).to(wide)
         if self.phase:
             magnitude, angle = decay.chunk(2, -1)
             initial = None if state is None else (torch.view_as_complex(state[0].contiguous()),)
             a = torch.polar(torch.sigmoid(magnitude), angle)
-            h, (last,) = scan(a, torch.complex(added, torch.zeros_like(added)), initial, keep)
+            h, (last,) = scan(a, torch.complex(added, torch.zeros_like(added)), initial, reset)
             h, last = h.real, torch.view_as_real(last)
         else:
-            h, (last,) = scan(torch.sigmoid(decay), added, state, keep)
+            h, (last,) = scan(torch.sigmoid(decay), added, state, reset)
         y = q * h.to(q.dtype)
         return self.out(y if self.gate is None else F.silu(self.gate(x)) * y), (last,)

@@ -83,8 +83,7 @@ class GatedDeltaNet(Mixer):
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in F.silu(seen).split(self.sizes, -1))
         decay = None if self.alpha is None else -self.rate.exp() * F.softplus(self.alpha(x) + self.rate_bias)
         beta = self.largest * torch.sigmoid(self.beta(x))
-        keep = None if reset is None else ~reset
         memory = None if state is None else state[:1]
-        o, (s,) = delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, decay, memory, keep)
+        o, (s,) = delta_rule(unit(q) * q.shape[-1] ** -0.5, unit(k), v, beta, decay, memory, reset)
         y = self.norm(o).flatten(2)
         return self.out(y if self.gate is None else F.silu(self.gate(x)) * y), (s, last)

@@ -57,5 +57,5 @@ class GLA(Mixer):
         decay = F.logsigmoid(decay.to(torch.promote_types(decay.dtype, torch.float32))) / self.temperature
         parts = (*self.project(x).split(self.sizes, -1), decay)
         q, k, v, decay = (p.unflatten(-1, (self.heads, -1)) for p in parts)
-        o, state = matrix_state(q * q.shape[-1] ** -0.5, k, v, decay, state, None if reset is None else ~reset)
+        o, state = matrix_state(q * q.shape[-1] ** -0.5, k, v, decay, state, reset)
         return self.out(F.silu(self.gate(x)) * self.norm(o).flatten(2)), state

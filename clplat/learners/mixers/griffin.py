@@ -83,6 +83,5 @@ class RGLRU(Mixer):
         u, seen = self.conv(self.enter(x), seen, reset)
         gates = torch.einsum("btni,nij->btnj", u.unflatten(-1, (self.blocks, -1)), self.gates) + self.gate_biases
         recurrence, admit = (g.flatten(-2) for g in gates.chunk(2, -1))
-        keep = None if reset is None else ~reset
-        y, (h,) = rg_lru(recurrence, admit, u, self.decay, None if h is None else (h,), keep)
+        y, (h,) = rg_lru(recurrence, admit, u, self.decay, None if h is None else (h,), reset)
         return self.leave(F.gelu(self.gate(x)) * y), (h, seen)

@@ -66,9 +66,8 @@ class GRU(Mixer):
         bias = bw + torch.cat([bu[: 2 * self.width], torch.zeros_like(bu[2 * self.width :])])
         gates = F.linear(x, w, bias).unflatten(-1, (1, 3, self.width))
         recurrent = u.view(1, 3, self.width, self.width).transpose(2, 3)
-        keep = None if reset is None else ~reset
         y, (h,) = cells.gru(
-            gates, recurrent, bu[None, 2 * self.width :], (h[:, None],), keep, reset_after=self.reset_after
+            gates, recurrent, bu[None, 2 * self.width :], (h[:, None],), reset, reset_after=self.reset_after
         )
         return y[:, :, 0], (h[:, 0],)
 

@@ -84,9 +84,8 @@ class HGRN(Mixer):
     ) -> tuple[Tensor, State]:
         bound = self.forget.weight.new_zeros(self.width) if self.bounds is None else self.bounds(self.layer)
         forget, candidate = self.forget(x), self.input(x)
-        keep = None if reset is None else ~reset
         if self.theta is None:
-            y, last = hgrn(forget, candidate, bound, state, keep)
+            y, last = hgrn(forget, candidate, bound, state, reset)
         else:
             wide = state_dtype(x)
             bound, forget = bound.to(wide), forget.to(wide)
@@ -95,6 +94,6 @@ class HGRN(Mixer):
             a = torch.polar(bound + (1 - bound) * torch.sigmoid(forget), self.theta.to(wide).expand_as(forget))
             real, imaginary = (rest * F.silu(c) for c in candidate.to(wide).chunk(2, -1))
             initial = None if state is None else (torch.view_as_complex(state[0].contiguous()),)
-            h, (end,) = scan(a, torch.complex(real, imaginary), initial, keep)
+            h, (end,) = scan(a, torch.complex(real, imaginary), initial, reset)
             y, last = torch.cat([h.real, h.imag], -1).to(candidate.dtype), (torch.view_as_real(end),)
         return self.out(self.norm(y) * F.silu(self.gate(x))), last

@@ -57,5 +57,5 @@ class HGRN2(Mixer):
         gate = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))
         if bound:
             gate = torch.logaddexp(gate + math.log1p(-bound), gate.new_tensor(math.log(bound)))
-        o, state = matrix_state(F.silu(q), key, i, gate, state, None if reset is None else ~reset)
+        o, state = matrix_state(F.silu(q), key, i, gate, state, reset)
         return self.out(self.norm(o.flatten(2))), state

@@ -41,7 +41,7 @@ class LEM(Mixer):
             self.input(x).unflatten(-1, (1, 4, self.width)),
             self.recurrent[None],
             None if state is None else tuple(s[:, None] for s in state),
-            None if reset is None else ~reset,
+            reset,
             dt=self.dt,
         )
         return y[:, :, 0], tuple(s[:, 0] for s in last)

@@ -92,6 +92,6 @@ class LightNet(Mixer):
         decay = F.logsigmoid(apart).masked_fill(reset[..., None], 0)
         weight = torch.sigmoid(-apart).masked_fill(reset[..., None], 1).to(q.dtype)
         q, weight, v, decay = (p.unflatten(-1, (self.heads, -1)) for p in (F.silu(q), weight, v, decay))
-        o, (s,) = matrix_state(q, weight, v, decay, memory, ~reset)
+        o, (s,) = matrix_state(q, weight, v, decay, memory, reset)
         y = self.out(F.silu(self.gate(x)) * self.norm(o.flatten(2)))
         return y, (s, z[:, -1].unflatten(-1, (self.heads, -1)))

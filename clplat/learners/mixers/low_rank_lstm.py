@@ -62,6 +62,6 @@ class LowRankLSTM(Mixer):
             self.input(x).unflatten(-1, (1, 4, self.width)),
             self.drop(self.matrices()).transpose(1, 2)[None],
             None if state is None else tuple(s[:, None] for s in state),
-            None if reset is None else ~reset,
+            reset,
         )
         return y[:, :, 0], tuple(s[:, 0] for s in last)

@@ -81,8 +81,7 @@ class LRU(Mixer):
         b = self.log_gamma.exp()[:, None, None] * self.b
         given = F.linear(u, b.flatten(0, 1)).unflatten(-1, (-1, 2)).to(wide)
         initial = None if state is None else (torch.view_as_complex(state[0].contiguous()),)
-        keep = None if reset is None else ~reset
-        h, (last,) = constant_scan(torch.view_as_complex(given.contiguous()), decay, initial, keep)
+        h, (last,) = constant_scan(torch.view_as_complex(given.contiguous()), decay, initial, reset)
         # Re(C h) = Re C Re h - Im C Im h
         c = torch.stack([self.c[..., 0], -self.c[..., 1]], -1)
         y = F.linear(torch.view_as_real(h).flatten(-2).to(u.dtype), c.flatten(1)) + self.skip * u

@@ -49,7 +49,7 @@ class LSTM(Mixer):
             w, u, bw, bu = self._weights()
             gates = F.linear(x, w, bw + bu).unflatten(-1, (1, 4, self.width))
             recurrent = u.view(1, 4, self.width, self.width).transpose(2, 3)
-            y, (h, c) = cells.lstm(gates, recurrent, (h[:, None], c[:, None]), ~reset)
+            y, (h, c) = cells.lstm(gates, recurrent, (h[:, None], c[:, None]), reset)
             return y[:, :, 0], (h[:, 0], c[:, 0])
         y, h, c = fused_lstm(x, h, c, self._weights())
         return y, (h, c)

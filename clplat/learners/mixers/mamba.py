@@ -79,6 +79,5 @@ class Mamba(Mixer):
         u = F.silu(u)
         r, b, c = self.select(u).split([self.rank, self.states, self.states], -1)
         dt = F.softplus(self.step_size(r))
-        keep = None if reset is None else ~reset
-        y, memory = selective_scan(u, dt, b, c, -self.log_rate.exp(), self.skip, memory, keep)
+        y, memory = selective_scan(u, dt, b, c, -self.log_rate.exp(), self.skip, memory, reset)
         return self.out(y * F.silu(z)), (seen, *memory)

@@ -34,7 +34,7 @@ class MinGRU(Mixer):
     ) -> tuple[Tensor, State]:
         gate, candidate = self.project(x).chunk(2, -1)
         candidate = positive(candidate) if self.positive else candidate
-        return min_gru(gate, candidate, state, None if reset is None else ~reset)
+        return min_gru(gate, candidate, state, reset)
 
 
 def positive(x: Tensor) -> Tensor:

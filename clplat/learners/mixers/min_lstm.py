@@ -39,4 +39,4 @@ class MinLSTM(Mixer):
     ) -> tuple[Tensor, State]:
         forget, admit, candidate = self.project(x).chunk(3, -1)
         candidate = positive(candidate) if self.positive else candidate
-        return min_lstm(forget, admit, candidate, state, None if reset is None else ~reset)
+        return min_lstm(forget, admit, candidate, state, reset)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from clplat.kernels.backend import State as State
+from clplat.kernels.backend import State  # what a mixer remembers: it goes in and comes out, never kept in the module
 
 
 class Mixer(nn.Module):

@@ -93,8 +93,7 @@ class MLSTM(Mixer):
         q, k, v = self._blocks(c, self.queries), self._blocks(c, self.keys), self._blocks(u, self.values)
         i, f = self.gates(torch.cat([q, k, v], -1)).chunk(2, -1)
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in (q, k, v))
-        keep = None if reset is None else ~reset
-        h, memory = mlstm(q, k * k.shape[-1] ** -0.5, v, i, f, None if state is None else state[:3], keep)
+        h, memory = mlstm(q, k * k.shape[-1] ** -0.5, v, i, f, None if state is None else state[:3], reset)
         h = self.norm(h).flatten(2) + self.skip * c
         return self.down(F.silu(z) * h), (*memory, last)
 

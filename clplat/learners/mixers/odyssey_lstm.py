@@ -89,7 +89,7 @@ class OdysseyLSTM(Mixer):
             gates[:, :, None],
             _spread(self.recurrent.flatten(1), self.rows).unflatten(1, (self.width, self.width))[None],
             None if state is None else tuple(s[:, None] for s in state),
-            None if reset is None else ~reset,
+            reset,
             peepholes=None if self.peepholes is None else _spread(self.peepholes, self.peephole_rows)[:, None],
             coupled=self.coupled,
             input_gate=self.input_gate,

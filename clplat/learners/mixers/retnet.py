@@ -67,7 +67,6 @@ class RetNet(Mixer):
         q, k, v, gate = (p.unflatten(-1, (self.heads, -1)) for p in self.project(x).split(self.sizes, -1))
         position = torch.arange(1, steps + 1, device=x.device)[:, None]
         q, k = rotate(q, position, self.base) * q.shape[-1] ** -0.5, rotate(k, position, self.base)
-        keep = None if reset is None else ~reset
-        o, (s,) = matrix_state(q, k, v, self.gamma.log(), state, keep)
+        o, (s,) = matrix_state(q, k, v, self.gamma.log(), state, reset)
         seen = rotate(s.transpose(-1, -2), -position[-1], self.base).transpose(-1, -2)
         return self.out((F.silu(gate) * self.norm(o)).flatten(2)), (seen,)

@@ -65,5 +65,5 @@ class RWKV4(Mixer):
             for layer, mix in ((self.receptance, self.mix_r), (self.key, self.mix_k), (self.value, self.mix_v))
         )
         # The weights are float32 where autocast makes k and v of less.
-        y, memory = wkv(k, v, self.decay.exp(), self.bonus, memory, None if reset is None else ~reset)
+        y, memory = wkv(k, v, self.decay.exp(), self.bonus, memory, reset)
         return self.out(torch.sigmoid(r) * y), (last, *memory)

@@ -92,7 +92,6 @@ class RWKV6(Mixer):
             p.unflatten(-1, (self.heads, -1))
             for p in (self.receptance(for_r), self.key(for_k), self.value(for_v), decay)
         )
-        keep = None if reset is None else ~reset
         memory = None if state is None else state[:1]
-        o, (s,) = matrix_state(r, k, v, decay, memory, keep, bonus=self.bonus)
+        o, (s,) = matrix_state(r, k, v, decay, memory, reset, bonus=self.bonus)
         return self.out(F.silu(self.gate(for_g)) * self.norm(o).flatten(2)), (s, last)

@@ -107,7 +107,7 @@ class S4D(Mixer):
     ) -> tuple[Tensor, Tensor]:
         """Outputs y [B, T, H] and the last states [B, H N], of inputs in single precision at least."""
         if reset is not None:
-            y, s = self._by_step(v, log_a, b, c, s, ~reset)
+            y, s = self._by_step(v, log_a, b, c, s, reset)
         elif v.shape[1] <= CHUNK:
             y, s = self._by_chunk(v, v.shape[1], log_a, b, c, s)
         else:
@@ -130,11 +130,11 @@ class S4D(Mixer):
         return torch.log(above / (1 - half)), dt / (1 - half)
 
     def _by_step(
-        self, u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, initial: Tensor | None, keep: Tensor
+        self, u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, initial: Tensor | None, reset: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The recurrence over all steps: y [B, T, H] and the last states [B, H N]."""
         given = (u[..., None] * b).flatten(-2)
-        s, (last,) = constant_scan(given, log_a.exp().flatten(), None if initial is None else (initial,), keep)
+        s, (last,) = constant_scan(given, log_a.exp().flatten(), None if initial is None else (initial,), reset)
         return (s.unflatten(-1, c.shape) * c).sum(-1).real, last
 
     def _by_chunk(

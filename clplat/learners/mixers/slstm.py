@@ -93,7 +93,7 @@ class SLSTM(Mixer):
             convolved, last_inputs = self.conv(x, None if state is None else state[4], reset)
             convolved, seen = F.silu(convolved), (last_inputs,)
         gates = torch.cat([self._project(convolved, self.early), self._project(x, self.late)], 3) + self.bias
-        y, cell = cells.slstm(gates, self.recurrent, cell, None if reset is None else ~reset)
+        y, cell = cells.slstm(gates, self.recurrent, cell, reset)
         if self.norm is not None:
             y = F.layer_norm(y, y.shape[-1:]) * self.norm
         return y.flatten(2), (*(s.flatten(1) for s in cell), *seen)

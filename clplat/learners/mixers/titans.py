@@ -76,7 +76,6 @@ class Titans(Mixer):
         seen, last = self.conv(self.project(x), None if state is None else state[2], reset)
         q, k, v = (p.unflatten(-1, (self.heads, -1)) for p in F.silu(seen).chunk(3, -1))
         alpha, eta, theta = torch.sigmoid(self.rates(x)).chunk(3, -1)
-        keep = None if reset is None else ~reset
         memory = None if state is None else state[:2]
-        o, memory = titans(unit(q), unit(k), v, alpha, eta, theta, memory, keep)
+        o, memory = titans(unit(q), unit(k), v, alpha, eta, theta, memory, reset)
         return self.out(F.silu(self.gate(x)) * self.norm(o).flatten(2)), (*memory, last)
