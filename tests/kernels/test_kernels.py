@@ -10,6 +10,7 @@ Letters: B batch, T time, D channels, N heads.
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -310,21 +311,41 @@ CASES: dict[str, Case] = {
 }
 
 CUDA = torch.cuda.is_available()
+# Without a device Triton's interpreter takes seconds for a test: by default it has one of each op.
+TRITON = pytest.mark.gpu if CUDA else pytest.mark.slow
 PAIRS = [
-    pytest.param(name, backend, marks=[pytest.mark.gpu] if backend == "triton" and CUDA else [])
+    pytest.param(name, backend, marks=[TRITON] if backend == "triton" else [])
     for name, case in CASES.items()
     for backend in case.backends
 ]
 ON_DEVICE = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 each_op = pytest.mark.parametrize("name", CASES)
+FORMS = {
+    "lstm", "elman", "scan_complex", "constant_scan", "min_lstm", "softmax_scan", "block_scan", "selective_scan", "wkv",
+    "matrix_state_scalar", "mlstm", "delta_rule", "titans",
+}  # fmt: skip
+"""Every custom op, with and without what it need not have; the other ops call one of them with other numbers."""
+each_form = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FORMS else [pytest.mark.slow]) for name in CASES]
+)
 each_backend = pytest.mark.parametrize(("name", "backend"), PAIRS)
-# In float64 where that can be, with Triton on a device in float32; its interpreter is too slow for all of it.
+# The definition is exact in float64. Numba compiles for each dtype, for seconds: float64 is for the slow run, and so is
+# Triton in its interpreter; on a device it has float32 only.
 each_definition = pytest.mark.parametrize(
-    ("name", "backend"),
+    ("name", "backend", "dtype"),
     [
-        *((name, "reference") for name in CASES),
-        *((name, "cpu") for name, case in CASES.items() if "cpu" in case.backends),
-        *(pytest.param(n, "triton", marks=ON_DEVICE) for n, case in CASES.items() if "triton" in case.backends),
+        *((name, "reference", torch.float64) for name in CASES),
+        *((n, "cpu", torch.float32) for n, case in CASES.items() if "cpu" in case.backends),
+        *(
+            pytest.param(n, "cpu", torch.float64, marks=pytest.mark.slow)
+            for n, case in CASES.items()
+            if "cpu" in case.backends
+        ),
+        *(
+            pytest.param(n, "triton", torch.float32, marks=ON_DEVICE)
+            for n, case in CASES.items()
+            if "triton" in case.backends
+        ),
     ],
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -402,10 +423,9 @@ def device_of(backend: str) -> torch.device:
     return DEVICE if backend == "triton" else torch.device("cpu")
 
 
-def defined(name: str, backend: str) -> tuple[Given, float]:
-    """Leaves in the widest dtype that the back end has, and the relative error allowed in values (gradients: 100 times)."""
-    g = given(name)
-    return (g.to(torch.float32, DEVICE), 2e-6) if backend == "triton" else (g, 1e-12)
+def defined(name: str, backend: str, dtype: torch.dtype) -> tuple[Given, float]:
+    """Leaves, and the relative error allowed in values (gradients: 100 times)."""
+    return given(name).to(dtype, device_of(backend)), 2e-6 if dtype == torch.float32 else 1e-12
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -415,6 +435,20 @@ def test_values_and_gradients_equal_the_reference(name: str, backend: str, reset
     exact = given(name)
     single = exact.to(torch.float32, device_of(backend))
     expected, actual = run(name, exact, "reference", resets, reverse), run(name, single, backend, resets, reverse)
+    assert_near(actual, expected, 2e-6)
+    assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[TRITON] if CUDA else []) for n, case in CASES.items() if "triton" in case.backends],
+)
+def test_triton_kernels_equal_the_reference_over_a_few_steps(name: str) -> None:
+    """What the other tests do, small enough for the interpreter: reversed, with a reset and an initial state."""
+    exact = given(name, 2, 4, CASES[name].small)
+    exact.reset[1, 2] = True
+    single = exact.to(torch.float32, DEVICE)
+    expected, actual = run(name, exact, "reference", True, True), run(name, single, "triton", True, True)
     assert_near(actual, expected, 2e-6)
     assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
 
@@ -430,9 +464,23 @@ def test_ugly_shapes(name: str, backend: str, shape: tuple[int, int]) -> None:
         assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 1e-5)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+TORCH_ONLY = ("matrix_state", "mlstm", "delta_rule", "titans")
+"""What the names of ops begin with whose `cpu` back end is torch, and so costs no compilation."""
+
+BY_HAND = (("wkv", "reference"), ("rg_lru", "reference"))
+"""References that are not left to autograd: a scale that is detached, a slope that is bounded."""
+
+
 @pytest.mark.parametrize(
-    ("name", "backend"), [(n, b) for n, case in CASES.items() for b in ("reference", *case.backends) if b != "triton"]
+    ("name", "backend", "reverse"),
+    [
+        pytest.param(n, b, reverse, marks=[] if quick else [pytest.mark.slow])
+        for n, case in CASES.items()
+        for b in ("reference", *case.backends)
+        if b != "triton"
+        for reverse in (False, True)
+        for quick in ((n, b) in BY_HAND or (b == "cpu" and reverse and n.startswith(TORCH_ONLY)),)
+    ],
 )
 def test_gradcheck(name: str, backend: str, reverse: bool) -> None:
     """All inputs, the initial state too, and the final state's gradient live, against finite differences."""
@@ -448,8 +496,8 @@ def test_gradcheck(name: str, backend: str, reverse: bool) -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 18])
 @each_definition
-def test_cut_in_two_equals_the_whole(name: str, backend: str, cut: int) -> None:
-    (g, exact), op, after = defined(name, backend), CASES[name].op, CASES[name].after
+def test_cut_in_two_equals_the_whole(name: str, backend: str, dtype: torch.dtype, cut: int) -> None:
+    (g, exact), op, after = defined(name, backend, dtype), CASES[name].op, CASES[name].after
     early = tuple(x[:, :cut] for x in g.inputs)
     late = tuple(x[:, cut:] for x in g.inputs)
     whole = run(name, g, backend, True)
@@ -461,8 +509,8 @@ def test_cut_in_two_equals_the_whole(name: str, backend: str, cut: int) -> None:
 
 
 @each_definition
-def test_resets_equal_separate_documents(name: str, backend: str) -> None:
-    (g, exact), op, after = defined(name, backend), CASES[name].op, CASES[name].after
+def test_resets_equal_separate_documents(name: str, backend: str, dtype: torch.dtype) -> None:
+    (g, exact), op, after = defined(name, backend, dtype), CASES[name].op, CASES[name].after
     g.reset[1, 0] = True
     whole = run(name, g, backend, True)
     rows, lasts = [], []
@@ -483,8 +531,8 @@ def test_resets_equal_separate_documents(name: str, backend: str) -> None:
 
 
 @each_definition
-def test_reverse_equals_a_flip_of_time(name: str, backend: str) -> None:
-    g, exact = defined(name, backend)
+def test_reverse_equals_a_flip_of_time(name: str, backend: str, dtype: torch.dtype) -> None:
+    g, exact = defined(name, backend, dtype)
     flipped = Given(tuple(x.flip(1) for x in g.inputs), g.weights, g.state, g.reset.flip(1))
     back, flip = run(name, g, backend, True, True), run(name, flipped, backend, True)
     flip[0] = flip[0].flip(1)
@@ -585,7 +633,7 @@ def test_long_sequences_on_a_device(name: str, resets: bool) -> None:
     assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-5)
 
 
-@each_op
+@each_form
 def test_opcheck(name: str) -> None:
     """torch's own checks of a custom op: schema, fake tensors, autograd registration, ahead-of-time dispatch."""
     g = given(name, 2, 5, CASES[name].small).to(torch.float32, torch.device("cpu"))
@@ -615,7 +663,7 @@ def recorded_ops(call: Callable[[], Any]) -> Iterator[tuple[tuple[Any, ...], dic
     return iter(seen)
 
 
-@each_op
+@each_form
 def test_compiles_without_graph_breaks(name: str) -> None:
     g = given(name, 2, 5, CASES[name].small).to(torch.float32, torch.device("cpu"))
     torch._dynamo.reset()  # all cases share one lambda, and its recompilations have a limit
@@ -674,3 +722,11 @@ def test_compiled_kernels_leave_the_number_of_torchs_threads_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["1"] * 3, done.stdout + done.stderr
+
+
+def test_importing_a_family_imports_no_compiler() -> None:
+    names = "block_diagonal, cells, delta, diagonal, matrix_state, selective, softmax_scan, wkv"
+    code = f"import sys; from clplat.kernels import {names}; print({{'numba', 'triton'}} & set(sys.modules))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "set()"

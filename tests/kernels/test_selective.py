@@ -13,7 +13,7 @@ from clplat.kernels.selective import selective_scan
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each back end, with new tensors where it runs."""
     with DEVICE if request.param == "triton" else torch.device("cpu"):
@@ -39,8 +39,16 @@ def test_a_step_of_size_zero_changes_no_state(backend: str) -> None:
     torch.testing.assert_close(last, h)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("states", "width"), [(1, 65), (17, 9), (300, 2)])
+@pytest.mark.parametrize(
+    ("states", "width", "reverse"),
+    [
+        (17, 9, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, 65, False), (1, 65, True), (17, 9, False), (300, 2, False), (300, 2, True))
+        ),
+    ],
+)
 def test_triton_at_every_block_of_channels(states: int, width: int, reverse: bool) -> None:
     """Several programs a row, the last one not full, and sums over all of them."""
     torch.manual_seed(states)

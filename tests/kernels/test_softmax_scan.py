@@ -8,7 +8,7 @@ import torch
 from clplat.kernels.softmax_scan import softmax_scan
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_it_is_a_softmax_over_every_prefix(backend: str) -> None:
     torch.manual_seed(0)
     scores, values = 3 * torch.randn(1, 5, 1), torch.randn(1, 5, 1, 70)
@@ -20,7 +20,7 @@ def test_it_is_a_softmax_over_every_prefix(backend: str) -> None:
     torch.testing.assert_close(last, o[:, -1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_score_of_minus_infinity_leaves_a_step_out(backend: str) -> None:
     scores = torch.tensor([[[-torch.inf], [0.3], [-torch.inf], [1000.0], [-1000.0]]])
     values = torch.randn(1, 5, 1, 3).requires_grad_()

@@ -8,7 +8,7 @@ import torch
 from clplat.kernels.wkv import wkv
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_it_is_a_sum_over_the_past(backend: str) -> None:
     torch.manual_seed(0)
     k, v, decay, bonus = torch.randn(1, 3, 33), torch.randn(1, 3, 33), torch.rand(33), torch.randn(33)
@@ -23,7 +23,7 @@ def test_it_is_a_sum_over_the_past(backend: str) -> None:
     torch.testing.assert_close((num * top.exp())[0], (weights * v[0]).sum(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_keys_of_any_size_do_not_overflow(backend: str) -> None:
     k = torch.tensor([[[500.0], [-500.0], [0.0]]])
     v = torch.tensor([[[1.0], [2.0], [3.0]]]).requires_grad_()
