@@ -184,6 +184,7 @@ RENAMED: list[tuple[str, str]] = [
 
 GONE: list[str] = [
     r"^params/tracking\.uri$",
+    r"^/format$",
     r"^/learner/strategy\.parts\.\w+\._extra_state/inputs/",  # of generative_replay, known from the stream
 ]
 """Patterns of keys that are not there any more, or that differ from run to run."""

@@ -12,8 +12,8 @@ import torch
 
 from clplat.errors import UserError
 
-FORMAT = 1
-"""Number of the checkpoint's layout; raised when an old one can no longer be read."""
+FORMAT = 2
+"""Number of the checkpoint's layout, raised when an old one can no longer be read."""
 
 
 class CheckpointError(UserError):
@@ -53,8 +53,16 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of layout {FORMAT}: it was written by another version.")
+    layout = state.get("format") if isinstance(state, dict) else None
+    if layout == 1:
+        raise CheckpointError(
+            f"{path} was written by clplat before 0.2: its state is called otherwise now. "
+            "Finish that run with the version that began it."
+        )
+    if layout != FORMAT:
+        raise CheckpointError(
+            f"{path}: got layout {layout}, this version reads layout {FORMAT}. Go on with the version that wrote it."
+        )
     return state
 
 

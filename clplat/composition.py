@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,9 @@ class Composite(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         # A net that is replaced must be in place before others size their state by it, or copy it.
-        for part in sorted(self.strategies, key=lambda part: not part.claims & {"net", "codes"}):
-            part.setup(learner, stream)
+        for name, part in sorted(self.named.items(), key=lambda item: not item[1].claims & {"net", "codes"}):
+            with _noting(name):
+                part.setup(learner, stream)
 
     def session(self, stream: Stream, index: int, session: Session) -> Session:
         for part in self.strategies:
@@ -112,8 +114,9 @@ class Composite(Strategy):
             part.enter(learner, experience)
 
     def before_experience(self, learner: Learner, experience: Experience) -> None:
-        for part in self.strategies:
-            part.before_experience(learner, experience)
+        for name, part in self.named.items():
+            with _noting(name):
+                part.before_experience(learner, experience)
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         for part in self.strategies:
@@ -174,6 +177,16 @@ class Composite(Strategy):
 
     def stored_bytes(self) -> int:
         return sum(p.stored_bytes() for p in self.strategies)
+
+
+@contextmanager
+def _noting(name: str) -> Iterator[None]:
+    """Note on an error which strategy refuses: its message begins with its option's name alone."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(f"strategy.{name}")
+        raise
 
 
 def _inside(part: Strategy, learner: Learner, update: Update) -> Update:

@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from clplat import checkpoint
 from clplat.cli import main
+from clplat.train import Names, train
 
 QUICK = ["training.epochs=1", "progress=false", "learner.net.hidden=8", "tracking=none"]
 
@@ -68,27 +70,37 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["training.epochs=0"], "training.epochs: got 0, it must be at least 1"),
         (["training.epochs=2.5"], "training.epochs: got 2.5, expected a whole number or null"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1"),
-        (["optimizer.betas=3"], "optimizer: "),
-        (["optimizer.betas=[0.9]"], "optimizer: "),
+        (["optimizer.betas=3"], "optimizer.betas: got 3, expected a list."),
+        (["optimizer.betas=[2.0,0.9]"], "optimizer: Invalid beta parameter at index 0: 2.0"),
         (["schedule=warmup_cosine", "schedule.warmup=2"], "schedule.warmup: got 2"),
-        (["schedule=steps_down", "schedule.at=0.5"], "schedule"),
+        (["schedule=steps_down", "schedule.at=0.5"], "schedule.at: got 0.5, expected a list."),
+        (["schedule=steps_down", "schedule.factor=-1"], "clplat: schedule.factor: got -1"),
+        (["training=null"], "clplat: training=null: unknown. Allowed: default."),
+        (["training=5"], "clplat: training=5: unknown. Allowed: default."),
+        (["strategy=1"], "clplat: strategy=1: unknown. Allowed: agem, "),
+        (["strategy=[1]"], "clplat: strategy=[1]: unknown. Allowed: agem, "),
+        (["strategy.bogus=1"], "clplat: strategy.bogus: no strategy of that name was chosen. Chosen: replay;"),
+        (["strategy=mas", "strategy.mas.seed={a:1}"], "clplat: strategy.mas.seed: got {'a': 1}, expected a whole number."),
+        ([f"learner.net.layers={10**30}"], f"clplat: learner.net.layers: got {10**30}, a whole number must fit into 64 bits."),
+        (["optimizer.lr=inf"], "clplat: optimizer.lr: got inf, it must be a finite number."),
+        (["training._target_=clplat.run.Training"], "clplat.run.Training is called clplat.settings.Training since clplat 0.2"),
         (["threads=0"], "threads: got 0"),
         (["training.steps=5"], "give either epochs or steps"),
         (["seed=one"], "seed: got 'one', expected a whole number"),
         (["learner.head=task"], "learner.head=task needs a task-incremental stream"),
-        (["learner.head=many"], "learner.head: got 'many', allowed are auto"),
-        (["learner.clip_norm=-1"], "clip_norm: got -1"),
+        (["learner.head=many"], "learner.head: got 'many', allowed are 'auto'"),
+        (["learner.clip_norm=-1"], "clplat: learner.clip_norm: got -1"),
         (["learner.net.layers=0"], "clplat: learner.net.layers: got 0, it must be at least 1."),
         (["learner=mamba", "learner.net.hidden=-128"], "clplat: learner.net.hidden: got -128, it must be at least 1."),
-        (["stream=text", "stream.files=[a.txt]"], "clplat: stream.files: got ['a.txt'], it must map each name to a path"),
+        (["stream=text", "stream.files=[a.txt]"], "clplat: stream.files: got ['a.txt'], expected a mapping or null."),
         (["strategy=ewc", "strategy.ewc.strenght=3"], "strategy.ewc.strenght: unknown key; did you mean 'strength'?"),
         (["strategy=freeze", "strategy.freez.blocks=1"], "strategy.freez: no strategy of that name was chosen; did you mean"),
         (["strategy=packnet"], "needs task labels (stream.task_incremental=true)"),
         (["strategy=chunked_hypernetwork", "strategy.chunked_hypernetwork.hidden=50"], "hidden: got 50, expected a list"),
         (["strategy=lwf", "strategy.lwf.strength=[1,x]"], "strategy.lwf.strength[1]: got 'x', expected a number"),
-        (["strategy=freeze", "strategy.freeze.blocks=9"], "clplat: freeze.blocks: got 9, this net has 1"),
-        (["strategy=remind", "strategy.remind.parts=7"], "clplat: remind.parts: got 7, vectors of width 8 can be cut"),
-        (["strategy=remind", "strategy.remind.cut=9"], "clplat: remind.cut: got 9, the net has 1 blocks"),
+        (["strategy=freeze", "strategy.freeze.blocks=9"], "clplat: strategy.freeze.blocks: got 9, this net has 1"),
+        (["strategy=remind", "strategy.remind.parts=7"], "clplat: strategy.remind.parts: got 7, vectors of width 8 can be cut"),
+        (["strategy=remind", "strategy.remind.cut=9"], "clplat: strategy.remind.cut: got 9, the net has 1 blocks"),
         (["strategy=ewc", "stream=text"], "set strategy.ewc.fisher=sampled or strategy.ewc.fisher=empirical."),
         (["strategy=ewc", "strategy.ewc.fisher=x"], "clplat: strategy.ewc.fisher: got 'x', allowed are"),
         (["strategy=custom"], "strategy.custom._target_: no value given"),
@@ -142,9 +154,68 @@ def test_debug_shows_the_traceback():
 
 
 def test_nan_loss_ends_with_one_line_and_exit_code_1(capsys):
-    assert run("strategy=finetune", "optimizer=sgd", "optimizer.lr=inf", "training.epochs=3") == 1
+    assert run("strategy=finetune", "optimizer=sgd", "optimizer.lr=3e38", "training.epochs=3") == 1
     err = capsys.readouterr().err
     assert "became" in err and "experience" in err and err.count("\n") == 1
+
+
+def test_experiment_null_is_the_default(capsys):
+    assert run("strategy=finetune", "experiment=null") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["strategy=finetune"], "40 steps of batch 40 an experience, on cpu"),
+        (["strategy=[replay,ewc]", "training.epochs=null", "training.steps=2"], "2 steps of batch 40 an experience, on cpu"),
+        (["strategy=joint"], "5 epochs of batch 40 for an experience's worth of what joint trains on, on cpu"),
+        (["strategy=cumulative", "training.epochs=null", "training.steps=2"],
+         "2 steps of batch 40 for an experience's worth of what cumulative trains on, on cpu"),
+        (["strategy=gdumb"], "5 epochs of batch 40 for an experience's worth of what gdumb trains on, on cpu"),
+        (["strategy=remind", "strategy.remind.parts=4"],
+         "5 epochs of batch 40 for an experience's worth of what remind trains on, on cpu"),
+    ],
+)  # fmt: skip
+def test_what_is_announced_is_what_will_be_trained(arguments, said, capsys, monkeypatch):
+    def never(*args: object) -> None:
+        raise Stopped
+
+    class Stopped(Exception):
+        pass
+
+    monkeypatch.setattr("clplat.run.Run.go", never)
+    with pytest.raises(Stopped):
+        run("training.epochs=5", "training.batch_size=40", *arguments)
+    assert said in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_the_first_edition_is_refused(capsys):
+    assert run("strategy=finetune") == 0
+    path = the_run() / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    for layout, said in (
+        (1, "was written by clplat before 0.2: its state is called otherwise now. Finish that run"),
+        (9, "got layout 9"),
+    ):
+        torch.save(state | {"format": layout}, path)
+        capsys.readouterr()
+        assert main(["train", "resume=latest"]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+
+
+def test_training_from_python_leaves_the_process_as_it_was(tmp_path):
+    """Threads and warnings belong to the command; a notebook has its own."""
+    with initialize_config_module("clplat.conf", version_base="1.3"):
+        cfg = compose("train", [*QUICK, "strategy=finetune", "threads=1", "training.epochs=null", "training.steps=1"])
+    threads, filters = torch.get_num_threads(), list(warnings.filters)
+    torch.set_num_threads(2)
+    try:
+        train(cfg, tmp_path, Names("s", "l", "finetune"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert [f for f in warnings.filters if f not in filters] == []
 
 
 def test_resume_refuses_other_options_and_takes_none(capsys):
@@ -157,6 +228,7 @@ def test_resume_refuses_other_options_and_takes_none(capsys):
     assert [p.parent for p in Path("runs").rglob("last.ckpt")] == [folder]
 
 
+@pytest.mark.slow
 def test_resume_takes_tracking_and_threads_from_the_run_unless_they_are_given(capsys):
     assert run("strategy=finetune", "learner=gru", "threads=1", "output_dir=elsewhere") == 0
     folder = next(Path("elsewhere").rglob("last.ckpt")).parent
@@ -193,14 +265,13 @@ def test_a_sweep_names_all_that_varies_in_it_and_nothing_else(tmp_path, capsys):
     folder.mkdir(parents=True)
     swept = "{mode: MULTIRUN, sweeper: {params: {learner: 'gru,lstm'}}}"
     (folder / "two.yaml").write_text(f"# @package _global_\nstream: {{experiences: 2}}\nhydra: {swept}\n")
-    more = ["experiment=two", "strategy=[replay,ewc],finetune", "optimizer.lr=0.1,0.2", "seed=3"]
+    more = ["experiment=two", "strategy=[replay,ewc],finetune", "optimizer.lr=0.1", "seed=3"]
     assert run("--config-dir", str(folder.parent), *more) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if ": average " in line]
     assert sorted(line.partition(":")[0] for line in lines) == sorted(
-        f"learner={learner} strategy={strategy} optimizer.lr={lr}"
+        f"learner={learner} strategy={strategy}"
         for learner in ("gru", "lstm")
         for strategy in ("[replay,ewc]", "finetune")
-        for lr in ("0.1", "0.2")
     )
 
 
@@ -233,6 +304,7 @@ def test_doctor_reports_and_succeeds_here(capsys):
     assert "torch" in out and "MLflow store" in out and "digits" in out
 
 
+@pytest.mark.slow
 def test_doctor_imports_numba_and_says_nothing_beside_its_table(tmp_path):
     """A numba that is installed and cannot be imported, as with a numpy that it does not know."""
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
@@ -245,17 +317,11 @@ def test_doctor_imports_numba_and_says_nothing_beside_its_table(tmp_path):
         assert "import numba wrong Numba needs another NumPy: reinstall it (pip install 'clplat[cpu]')" in said
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = "import sys, clplat.cli; sys.argv=['clplat','--help']\ntry: clplat.cli.main()\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch','pytorch_lightning','mlflow','hydra','numpy') if m in sys.modules], file=sys.stderr)"
-    times, said = [], set()
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
-        said.add(done.stderr.strip())
-    assert said == {"[]"}
-    assert min(times) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 OWN = """
@@ -274,6 +340,17 @@ class Counting(Strategy):
 """
 
 
+def test_a_strategy_from_a_module_that_can_be_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_module.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (
+        run("strategy=[replay,custom]", "strategy.custom._target_=my_module.Counting", "strategy.custom.limit=4") == 0
+    )
+    assert "replay+custom" in capsys.readouterr().out
+    assert (tmp_path / "reached").exists()
+
+
+@pytest.mark.slow
 def test_a_strategy_from_the_users_own_package(tmp_path):
     """As the README says, from a folder outside the repository, alone and in a list."""
     (tmp_path / "my_pkg.py").write_text(OWN)

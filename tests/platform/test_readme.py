@@ -19,14 +19,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from clplat import checkpoint
+from clplat.build import build_learner
 from clplat.cli import HELP, main
-from clplat.config import check
+from clplat.config.check import check
 from clplat.learners.learner import Learner
 from clplat.lightning import pl
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.streams.experience import Batch, Stream
-from clplat.train import build_learner
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

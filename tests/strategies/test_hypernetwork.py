@@ -16,6 +16,7 @@ from tiny import only
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from clplat.build import build_learner
 from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.elman import Elman
@@ -39,7 +40,6 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
 from clplat.streams.permuted_copy import permuted_copy
-from clplat.train import build_learner
 from clplat.weights.lookahead import proposed
 
 K, C, T, D = 3, 6, 5, 4

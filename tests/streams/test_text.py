@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from clplat.config import check
+from clplat.config.check import check
 from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head

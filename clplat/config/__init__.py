@@ -1,0 +1,1 @@
+"""Configurations: what is refused before anything is built, and what a run that goes on may change."""
