@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clplat.config.shipped import CONF, groups, options
+from clplat.catalogue import CONF, groups, options
 from clplat.errors import UserError
 
 HELP = """commands:

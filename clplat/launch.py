@@ -20,10 +20,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 
+from clplat.catalogue import CONF, groups, options
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.resume import find
-from clplat.config.shipped import CONF, groups, options
 from clplat.errors import UserError
 from clplat.train import Names, resumed
 from clplat.train import train as run

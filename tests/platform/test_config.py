@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Literal
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from clplat.cli import options
-from clplat.config import ConfigError, _fits, check, differences, flatten, nearest
+from clplat.build import build_learner
+from clplat.catalogue import options
+from clplat.config.check import check
+from clplat.config.kinds import Built, Misfit, misfit
+from clplat.config.refusing import ConfigError, nearest, refusing, root_keys, whole_key
+from clplat.config.renamed import MOVED
+from clplat.config.resume import differences, flatten
 from clplat.learners.learner import Learner
+from clplat.reproduce import read, words
 from clplat.run import Silent
 from clplat.streams.experience import Stream
 from clplat.streams.labelled import Labelled, Layout
-from clplat.train import Names, build_learner, train
+from clplat.train import Names, train
 
 CONF = Path(__file__).parents[2] / "conf"
 YAMLS = sorted(CONF.rglob("*.yaml"))
@@ -31,7 +42,6 @@ GROUPS = {
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name != "__pycache__"
 }
-OPTIONS = [(group, name) for group, names in GROUPS.items() for name in names]
 
 UNFINISHED = {
     ("strategy", "custom"): ("strategy.custom._target_", "clplat.strategy.Strategy"),
@@ -74,12 +84,25 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    return compose("train", overrides=list(overrides))
+def _composed(chosen: tuple[str, ...]) -> DictConfig:
+    return compose("train", overrides=list(chosen))
 
 
 def composed(*overrides: str) -> DictConfig:
-    return deepcopy(_composed(overrides))
+    """As Hydra does it, but what options are chosen is composed once; values are set in a copy."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    picks = [o.input_line for o in parsed if o.key_or_group in GROUPS and not o.type.name.startswith(("ADD", "DEL"))]
+    cfg = deepcopy(_composed(tuple(filter(None, picks))))
+    OmegaConf.set_struct(cfg, False)
+    for override in parsed:
+        if override.input_line in picks:
+            continue
+        if override.is_delete():
+            above, _, last = override.key_or_group.rpartition(".")
+            del (OmegaConf.select(cfg, above) if above else cfg)[last]
+        else:
+            OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
+    return cfg
 
 
 def chosen(group: str, name: str) -> str:
@@ -99,14 +122,18 @@ def stream_of(name: str, *overrides: str) -> Stream:
 # Every yaml
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS)
-def test_every_option_composes_and_is_accepted(group: str, name: str) -> None:
-    cfg = composed(chosen(group, name))
-    if (group, name) in UNFINISHED:
-        key, value = UNFINISHED[group, name]
+MIXED = [group for group in GROUPS if group not in ("experiment", "paper")]
+
+
+@pytest.mark.parametrize("number", range(max(len(GROUPS[group]) for group in MIXED)))
+def test_every_option_composes_and_is_accepted(number: int) -> None:
+    """The first of every group together, the second, and so on, from the start where a group has fewer."""
+    picked = [(group, GROUPS[group][number % len(GROUPS[group])]) for group in MIXED]
+    cfg = composed(*(chosen(*pick) for pick in picked))
+    for key, value in [UNFINISHED[pick] for pick in picked if pick in UNFINISHED]:
         with pytest.raises(ConfigError, match=f"^{key}: no value given"):
             check(cfg)
-        cfg = composed(chosen(group, name), f"{key}={value}")
+        OmegaConf.update(cfg, key, value)
     check(cfg)
     OmegaConf.resolve(cfg)
 
@@ -131,7 +158,7 @@ def test_every_yaml_says_in_one_line_what_it_is(path: Path) -> None:
 def test_the_groups_here_are_those_that_are_known() -> None:
     assert set(GROUPS) == {
         "stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "evaluation", "trainer",
-        "tracking", "experiment",
+        "tracking", "experiment", "paper",
     }  # fmt: skip
     unfinished = {name for group, name in UNFINISHED if group == "stream"}
     assert set(GROUPS["stream"]) == STREAMS.keys() | DOWNLOADED.keys() | unfinished, (
@@ -184,8 +211,19 @@ def refusal(learner: str, head: str, stream: Stream) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("kind", FITTING)
-@pytest.mark.parametrize("name", GROUPS["learner"])
+USUAL = ("lstm", "mlp", "transformer", "bidirectional", "griffin")
+"""Learners that stand for all in the default run: a recurrence, none, attention, two directions, two mixers."""
+
+
+def grid(pairs: Iterable[tuple[str, str]], default: Callable[[str, str], bool]) -> list[ParameterSet]:
+    """Pairs as parameters; those that are not in the default run are slow."""
+    return [pytest.param(*pair, marks=[] if default(*pair) else [pytest.mark.slow]) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    grid(product(GROUPS["learner"], FITTING), lambda name, kind: name in USUAL or kind == "class"),
+)
 def test_every_learner_with_every_head_answers_in_the_right_shape_or_says_why_not(name: str, kind: str) -> None:
     stream_name, overrides = FITTING[kind]
     stream = stream_of(stream_name, *overrides)
@@ -243,7 +281,7 @@ PAIRS += [("lstm", name) for name in ("permuted_copy", "parity", "regular", "sel
 PAIRS += [("transformer", "mqar")]
 
 
-@pytest.mark.parametrize(("learner", "stream"), PAIRS)
+@pytest.mark.parametrize(("learner", "stream"), grid(PAIRS, lambda learner, _: learner in USUAL))
 def test_every_learner_learns_something(learner: str, stream: str, tmp_path: Path, curve: list[float]) -> None:
     whole = ["++stream.classes_per_experience=10", "++stream.experiences=null"]
     one = {"split_digits": whole, "regular": []}.get(stream, ["++stream.experiences=1"])
@@ -259,8 +297,12 @@ def test_every_learner_learns_something(learner: str, stream: str, tmp_path: Pat
     assert sum(curve[-4:]) / 4 < sum(curve[:4]) / 4 * (1.02 if stream in ("parity", "regular") else 1.0)
 
 
-@pytest.mark.parametrize("learner", GROUPS["learner"])
-@pytest.mark.parametrize("strategy", ["chunked_hypernetwork", "relevance_maps", "mir", "ewc"])
+REACHING = ("chunked_hypernetwork", "relevance_maps", "mir", "ewc")
+
+
+@pytest.mark.parametrize(
+    ("learner", "strategy"), grid(product(GROUPS["learner"], REACHING), lambda learner, _: learner == "lstm")
+)
 def test_every_learner_goes_with_strategies_that_reach_into_its_net(
     learner: str, strategy: str, tmp_path: Path, curve: list[float]
 ) -> None:
@@ -285,12 +327,7 @@ def tiny_images(data_root: str | None = None, download: bool = False) -> Labelle
 
 
 @pytest.mark.parametrize("name", GROUPS["experiment"])
-def test_every_experiment_is_accepted_and_trains(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curve: list[float]
-) -> None:
-    """On its own data where they are here, and on stand-ins for MNIST; each configuration of its sweep is accepted."""
-    for source in ("mnist", "fashion_mnist"):
-        monkeypatch.setattr(f"clplat.streams.sources.{source}", tiny_images)
+def test_every_configuration_of_an_experiments_sweep_is_accepted(name: str) -> None:
     whole = compose("train", overrides=[f"experiment={name}"], return_hydra_config=True)
     assert whole.hydra.runtime.choices.experiment == name
     sweep = OmegaConf.to_container(whole.hydra.sweeper.params or OmegaConf.create({}))
@@ -300,11 +337,25 @@ def test_every_experiment_is_accepted_and_trains(
             picked = f"strategy=[{value}]" if key == "strategy" else f"{key}={value}"
             check(composed(f"experiment={name}", picked))
     check(composed(f"experiment={name}"))
-    stream: str = whole.hydra.runtime.choices.stream
-    if stream not in STREAMS and not stream.endswith("mnist"):
-        pytest.skip(f"stream={stream} needs a download that nothing stands for here")
-    fewer = [f"++stream.{'angles=[0,90]' if 'rotated' in stream else 'experiences=2'}"]
-    cfg = composed(f"experiment={name}", *FAST, *STREAMS.get(stream, []), *fewer)
+
+
+ROWS = [(name, row, table) for name in GROUPS["paper"] for row, (table, _) in read(name).rows().items()]
+
+
+@pytest.mark.parametrize(
+    ("paper", "row"),
+    grid([(name, row) for name, row, _ in ROWS], lambda name, row: row in ("permuted_copy", "split_mnist_icarl")),
+)
+def test_every_row_of_a_paper_trains(
+    paper: str, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curve: list[float]
+) -> None:
+    """On stand-ins for MNIST."""
+    for source in ("mnist", "fashion_mnist"):
+        monkeypatch.setattr(f"clplat.streams.sources.{source}", tiny_images)
+    table, own = read(paper).rows()[row]
+    less = STREAMS["permuted_copy"] if table.base.startswith("permuted_copy") else []
+    cfg = composed(*words(table, own), *FAST, *less, "stream.experiences=2")
+    check(cfg)
     metrics = run(cfg, tmp_path)
     assert math.isfinite(metrics["average"])
     assert curve
@@ -314,19 +365,26 @@ def test_every_experiment_is_accepted_and_trains(
 # The checks themselves
 
 
+ITEM = Built("some.Maker")
+
+
 @pytest.mark.parametrize(
     ("value", "hint"),
     [
-        (3, int), (-1, int), (3, float), (0.5, float), (math.inf, float), (True, bool), (False, bool), ("a", str),
+        (3, int), (-1, int), (3, float), (0.5, float), (True, bool), (False, bool), ("a", str),
         (3, int | None), (None, int | None), (None, float | None), (2, float | None), ("rows", Layout),
         ("b", Literal["a", "b"]), ("b", Literal["a"] | Literal["b"]), (None, Literal["a"] | None),
-        ([1, 2], list[int]), ("anything", list[int]), ("x", Path), (3, Path | None), ("x", Path | None),
+        ([1, 2], list[int]), ("x", Path), (None, Path | None), ("x", Path | None),
         ([3], int | list[int]), (3, int | list[int]), ("natural", Literal["natural"] | list[int]),
-        (0.5, float | list[float]), ([0.5], float | list[float]), ("x", Any),
+        (0.5, float | list[float]), ([0.5, 1], float | list[float]), ("x", Any), ([1], Any), (None, Any),
+        ([[1, 6], [2]], Sequence[Sequence[int]]), ({"a": "b"}, Mapping[str, str | Sequence[str]]),
+        ([0.9, 0.999], tuple[float, float]), ([1, 2, 3], tuple[int, ...]),
+        (ITEM, Stream), (ITEM, int), (ITEM, Callable[[int], Learner]), ([ITEM, ITEM], Sequence[Callable[[int], Learner]]),
+        (0.1, float | torch.Tensor), (None, Stream | None),
     ],
 )  # fmt: skip
 def test_values_that_fit(value: Any, hint: Any) -> None:
-    _fits("key", value, hint)
+    assert misfit(value, hint) is None
 
 
 @pytest.mark.parametrize(
@@ -336,31 +394,59 @@ def test_values_that_fit(value: Any, hint: Any) -> None:
         (3.0, int, "a whole number"),
         (True, int, "a whole number"),
         (None, int, "a whole number"),
+        ([1, 2], int, "a whole number"),
+        ({"a": 1}, int, "a whole number"),
         ("fast", float, "a number"),
         (False, float, "a number"),
         (None, float, "a number"),
+        ("", float | None, "a number or null"),
         ("yes", bool, "true or false"),
         (1, bool, "true or false"),
+        ([True], bool, "true or false"),
         (3, str, "text"),
+        (3, Path | None, "text or null"),
         ("many", int | None, "a whole number or null"),
         (2.5, int | None, "a whole number or null"),
         (True, float | None, "a number or null"),
-        ("columns", Layout, "pixels, rows, steps"),
-        (None, Layout, "pixels, rows, steps"),
+        ("columns", Layout, "pixels, rows or steps"),
+        (None, Layout, "pixels, rows or steps"),
         ("c", Literal["a", "b"] | None, "a, b or null"),
-        ("half", float | list[float], "a number"),
+        ("half", float | list[float], "a number or a list"),
+        ("anything", list[int], "a list"),
+        (50, Sequence[int], "a list"),
+        (3, Stream, "an object (a mapping with _target_)"),
+        ({"a": 1}, Stream, "an object (a mapping with _target_)"),
+        ("fast", float | torch.Tensor, "a number or an object (a mapping with _target_)"),
+        ([0.9], tuple[float, float], "a longer list"),
+        ([0.9, 0.9, 0.9], tuple[float, float], "a shorter list"),
     ],
 )
 def test_values_that_do_not_fit(value: Any, hint: Any, expected: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        _fits("some.key", value, hint)
-    assert str(refused.value) == f"some.key: got {value!r}, expected {expected}."
+    assert misfit(value, hint) == Misfit((), value, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "path", "given", "expected"),
+    [
+        ([1, "x"], float | Sequence[float], (1,), "x", "a number"),
+        ([[1, 6], [2, "x"]], Sequence[Sequence[int]], (1, 1), "x", "a whole number"),
+        ({"a": "b", "c": 3}, Mapping[str, str | Sequence[str]], ("c",), 3, "text or a list"),
+        ({"a": ["b", None]}, Mapping[str, str | Sequence[str]], ("a", 1), None, "text"),
+        ([0.9, "x"], tuple[float, float], (1,), "x", "a number"),
+        ([ITEM, 3], Sequence[Callable[[int], Learner]], (1,), 3, "an object (a mapping with _target_)"),
+        ([ITEM], Sequence[int], (0,), ITEM, "a whole number"),
+    ],
+)
+def test_what_does_not_fit_is_found_inside_lists_and_mappings(
+    value: Any, hint: Any, path: tuple, given: Any, expected: str
+) -> None:
+    assert misfit(value, hint) == Misfit(path, given, expected)
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["stream.layout=columns"], "stream.layout: got 'columns', expected pixels, rows, steps."),
+        (["stream.layout=columns"], "stream.layout: got 'columns', expected pixels, rows or steps."),
         (["learner.net.layers=two"], "learner.net.layers: got 'two', expected a whole number."),
         (["learner.net.mixer.forget_bias=high"], "learner.net.mixer.forget_bias: got 'high', expected a number."),
         (["+learner.net.wings=2"], "learner.net.wings: unknown key"),
@@ -384,7 +470,34 @@ def test_values_that_do_not_fit(value: Any, hint: Any, expected: str) -> None:
         (["progress=1"], "progress: got 1, expected true or false."),
         (["output_dir=3"], "output_dir: got 3, expected text."),
         (["seed=2.0"], "seed: got 2.0, expected a whole number."),
-        (["seed=-1"], "seed: got -1, it must lie in 0..4294967295"),
+        (["seed=-1"], "seed: got -1, a seed must be at least 0."),
+        (["seed=4294967296"], "seed: got 4294967296, it must lie in 0..4294967295."),
+        (["seed=[1]"], "seed: got [1], expected a whole number."),
+        (["learner.net.layers=[1,2]"], "learner.net.layers: got [1, 2], expected a whole number."),
+        (["learner.clip_norm=''"], "learner.clip_norm: got '', expected a number or null."),
+        (["learner.head=[a]"], "learner.head: got ['a'], expected text."),
+        (["learner.net=null"], "learner.net: got None, expected an object (a mapping with _target_)."),
+        (["learner=retnet", "learner.net.mixer.base={a:1}"], "learner.net.mixer.base: got {'a': 1}, expected a number."),
+        (["stream.task_incremental=[true]"], "stream.task_incremental: got [True], expected true or false."),
+        (["stream.order_seed=[1,2]"], "stream.order_seed: got [1, 2], expected a whole number."),
+        (["stream.order_seed=-1"], "stream.order_seed: got -1, a seed must be at least 0."),
+        (["strategy=[mas]", "strategy.mas.seed={a:1}"], "strategy.mas.seed: got {'a': 1}, expected a whole number."),
+        (["strategy=[mas]", "strategy.mas.seed=-2"], "strategy.mas.seed: got -2, a seed must be at least 0."),
+        (["strategy=[gpm]", "strategy.gpm.batch_size={a:1}"], "strategy.gpm.batch_size: got {'a': 1}, expected a whole number."),
+        (["strategy=[lagrangian]", "strategy.lagrangian.threshold=[1]"],
+         "strategy.lagrangian.threshold: got [1], expected a number or null."),
+        (["strategy=[lagrangian]", "strategy.lagrangian.rho=inf"], "strategy.lagrangian.rho: got inf, it must be a finite number."),
+        (["optimizer.lr=nan"], "optimizer.lr: got nan, it must be a finite number."),
+        (["optimizer.betas=[0.9]"], "optimizer.betas: got [0.9], expected a longer list."),
+        (["optimizer.betas=3"], "optimizer.betas: got 3, expected a list."),
+        ([f"strategy.replay.capacity={10**30}"], f"strategy.replay.capacity: got {10**30}, a whole number must fit into 64 bits."),
+        ([f"seed={-(2**63) - 1}"], f"seed: got {-(2**63) - 1}, a whole number must fit into 64 bits."),
+        (["+strategy.bogus=1"], "strategy.bogus: no strategy of that name was chosen. Chosen: replay;"),
+        (["+strategy.bogus=[1]"], "strategy.bogus: no strategy of that name was chosen. Chosen: replay;"),
+        (["~optimizer._target_"], "optimizer: got {'_partial_': True, 'lr': 0.001"),
+        (["~training", "+training=5"], "training: got 5, it has no _target_: choose one of `clplat list training`."),
+        (["training._target_=clplat.run.Training"],
+         "training._target_: clplat.run.Training is called clplat.settings.Training since clplat 0.2: set training._target_=clplat."),
         (["strategy=[]"], "strategy: got none, give at least one"),
         (["~training"], "training: it was taken out"),
         (["~seed"], "seed: it was taken out"),
@@ -422,3 +535,74 @@ def test_differences_name_the_key_and_both_values() -> None:
         "s: 3 in the run, 4 given",
         "seed: 3 in the run, 4 given",
     ]
+
+
+# Old names, and keys in front of refusals
+
+
+@pytest.mark.parametrize("old", [name for name in MOVED if name.startswith("clplat.")])
+def test_an_import_path_of_the_first_edition_is_refused_with_the_new_one(old: str) -> None:
+    cfg = composed("strategy=[custom]", f"strategy.custom._target_={old}.Thing")
+    with pytest.raises(ConfigError, match=rf"{old}\.Thing is called {MOVED[old]}\.Thing since clplat 0\.2: set"):
+        check(cfg)
+
+
+@pytest.mark.parametrize("new", [name for name in MOVED.values() if name.startswith("clplat.")])
+def test_what_old_import_paths_are_called_now_can_be_imported(new: str) -> None:
+    assert locate(new) is not None
+
+
+def test_an_old_key_is_refused_with_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MOVED, "learner.net.depth", "learner.net.layers")
+    with pytest.raises(
+        ConfigError, match=r"^learner\.net\.depth: it is called learner\.net\.layers since clplat 0\.2\."
+    ):
+        check(composed("+learner.net.depth=2"))
+
+
+@pytest.mark.parametrize("old", [name for name in MOVED if not name.startswith("clplat.")])
+def test_old_keys_are_keys_no_more(old: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(old)}: it is called {re.escape(MOVED[old])} since"):
+        check(composed(f"++{old}=1"))
+
+
+def test_every_key_is_one_of_the_yaml() -> None:
+    assert root_keys() == (
+        "stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "evaluation", "trainer",
+        "tracking", "experiment", "seed", "output_dir", "resume", "threads", "progress", "debug",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "line", "whole"),
+    [
+        ("strategy.ewc", "strength: got -1, no.", "strategy.ewc.strength: got -1, no."),
+        ("strategy.ewc", "ewc.strength: got -1, no.", "strategy.ewc.strength: got -1, no."),
+        ("strategy.ewc", "strategy.ewc.strength: got -1, no.", "strategy.ewc.strength: got -1, no."),
+        ("strategy.ewc", "ewc: got this, no.", "strategy.ewc: got this, no."),
+        ("strategy.ewc", "Two of a kind: drop one.", "strategy.ewc: Two of a kind: drop one."),
+        ("strategy.ewc", "strength[1]: got x.", "strategy.ewc.strength[1]: got x."),
+        ("strategy.replay", "capacity or capacity_per_class: got a.", "strategy.replay.capacity or capacity_per_class: got a."),
+        ("strategy.custom", "limit: got 3.", "strategy.custom.limit: got 3."),
+        ("strategy.ewc", "learner.optimizer_state: got kept.", "learner.optimizer_state: got kept."),
+        ("strategy.rehearsal_environment", "schedule: got x.", "strategy.rehearsal_environment.schedule: got x."),
+        ("training", "training.epochs: got 0.", "training.epochs: got 0."),
+        ("training", "training: give one.", "training: give one."),
+        ("training", "epochs: got 0.", "training.epochs: got 0."),
+        ("learner", "clip_norm: got -1.", "learner.clip_norm: got -1."),
+        ("learner.net", "layers: got 0.", "learner.net.layers: got 0."),
+        ("learner.net", "learner.net.layers: got 0.", "learner.net.layers: got 0."),
+        ("learner.net", "forget_bias: got x.", "learner.net.mixer.forget_bias: got x."),
+        ("", "freeze.blocks: got 9.", "freeze.blocks: got 9."),
+    ],
+)  # fmt: skip
+def test_a_refusal_begins_with_the_whole_key_once(key: str, line: str, whole: str) -> None:
+    assert whole_key(composed("strategy=[replay,ewc,rehearsal_environment]"), key, line) == whole
+
+
+def test_what_a_strategy_refuses_at_its_setup_is_refused_with_its_key() -> None:
+    cfg = composed("strategy=[freeze]")
+    error = ValueError("blocks: got 9, this net has 1.")
+    error.add_note("strategy.freeze")
+    with pytest.raises(ConfigError, match=r"^strategy\.freeze\.blocks: got 9"), refusing(cfg):
+        raise error
