@@ -179,6 +179,8 @@ RENAMED: list[tuple[str, str]] = [
     (r"^params/((stream\.)+)as_$", r"params/\1layout"),
     (r"(\.blocks\.\d+)\.(expand|contract)\.", r"\1.dense.\2."),
     (r"^params/learner\.net\.readout$", "params/learner.net.pooling"),
+    (r"^/results/", "/results/all/"),
+    (r"^/seen_results/", "/results/seen/"),
 ]
 """Patterns of keys that have another name since, and that name."""
 
@@ -198,7 +200,7 @@ MOVED: dict[str, str] = {
 }
 """Classes and functions that are found elsewhere since."""
 
-NEW: list[str] = []
+NEW: list[str] = [r"^params/evaluation\.on$"]
 """Patterns of keys that were not there before."""
 
 

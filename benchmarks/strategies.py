@@ -32,12 +32,13 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run, Silent
+from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategy import Composite
 from clplat.streams.experience import Stream
 from clplat.streams.sources import mnist, resolve_data_root
 from clplat.streams.split import split
+from clplat.tracking.base import NoTracker
 
 ROOT = Path(__file__).parents[1]
 CHUNK, EXPERIENCES = 8, 3
@@ -73,7 +74,7 @@ class Clock(pl.Callback):
         self.steps.append(1000 * (self.ends[-1] - self.ends[0]) / (CHUNK * (len(self.ends) - 1)))
 
 
-class Ledger(Silent):
+class Ledger(NoTracker):
     """Keeps what a run logs of its cost."""
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run, Silent
+from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.replay import Replay
@@ -49,6 +49,7 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Stream
 from clplat.streams.sources import mnist, resolve_data_root
 from clplat.streams.split import split
+from clplat.tracking.base import NoTracker
 
 METHODS = ("finetune", "replay", "EWC")
 READY, OWN = "Avalanche on ready tensors", "Avalanche's SplitMNIST"
@@ -119,7 +120,7 @@ def plain(setting: Setting, parts: list[TensorData], tests: list[TensorData]) ->
     return spent / steps * 1e3, (time.perf_counter() - start) * 1e3
 
 
-class Seconds(Silent):
+class Seconds(NoTracker):
     """Adds up what the run reports about its costs."""
 
     def __init__(self) -> None:

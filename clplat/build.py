@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -22,6 +21,8 @@ from clplat.lightning import pl
 from clplat.progress import Progress
 from clplat.settings import Evaluation, Training
 from clplat.streams.experience import Stream
+from clplat.tracking.base import Tracker
+from clplat.tracking.logger import RunLogger
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Parts:
     trainer: pl.Trainer
     training: Training
     evaluation: Evaluation
-    tracker: Any
+    tracker: Tracker
 
     @classmethod
     def build(cls, cfg: DictConfig, folder: Path, label: str) -> Parts:
@@ -126,7 +127,7 @@ def _head(kind: str, stream: Stream) -> Callable[[int], heads.Head]:
     return makers[kind]
 
 
-def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(cfg: DictConfig, tracker: Tracker, callbacks: list[pl.Callback]) -> pl.Trainer:
     gpus = (pl.accelerators.CUDAAccelerator, pl.accelerators.MPSAccelerator)
     if cfg.trainer.get("accelerator") == "gpu" and not any(gpu.is_available() for gpu in gpus):
         raise ConfigError(
@@ -142,7 +143,7 @@ def _trainer(cfg: DictConfig, tracker: Any, callbacks: list[pl.Callback]) -> pl.
     options = {k: v for k, v in cfg.trainer.items() if k != "callbacks"}
     return instantiate(
         options,
-        logger=tracker if isinstance(tracker, pl.loggers.Logger) else False,
+        logger=RunLogger(tracker),
         callbacks=[*callbacks, *more],
         max_epochs=1,
         enable_checkpointing=False,

@@ -104,10 +104,10 @@ def ui(arguments: Sequence[str]) -> int:
     parser.add_argument("--uri", help="store; default: MLFLOW_TRACKING_URI, else mlruns.db in this folder")
     parser.add_argument("--port", type=int, default=5000, help="default 5000")
     given = parser.parse_args(arguments)
-    from clplat.tracking import tracker as tracking
+    from clplat.tracking import server
 
     try:
-        return tracking.ui(given.uri, given.port)
+        return server.ui(given.uri, given.port)
     except UserError as error:
         return _refuse(str(error))
 
@@ -139,12 +139,14 @@ def compare(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="clplat compare", description="The forgetting table of finished runs.")
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
-    from clplat.report import tables as report
+    from clplat.report.references import with_references
+    from clplat.report.summary import read_run
+    from clplat.report.tables import print_sweep
 
     files = [f for folder in given.folder for f in sorted(folder.rglob("result.json"))]
     if not files:
         return _refuse(f"no result.json under {', '.join(map(str, given.folder))}: give folders of finished runs.")
-    report.print_sweep([report.read_run(f) for f in files])
+    print_sweep(with_references([read_run(f) for f in files]))
     return 0
 
 
@@ -153,11 +155,11 @@ def sync(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="clplat sync", description="Send what could not be sent during a run.")
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
-    from clplat.tracking import tracker as tracking
+    from clplat.tracking import mlflow_run
 
     try:
         for folder in given.folder:
-            print(f"{folder}: {tracking.sync(folder)} values sent")
+            print(f"{folder}: {mlflow_run.sync(folder)} values sent")
     except UserError as error:
         return _refuse(str(error), code=1)
     return 0

@@ -167,17 +167,16 @@ def _folder() -> Iterator[Finding]:
 
 def _store() -> Iterator[Finding]:
     from clplat.errors import UserError
-    from clplat.tracking import tracker as tracking
-    from clplat.tracking import view as charts_view
+    from clplat.tracking import store
 
-    uri = charts_view.default_uri()
-    database = charts_view.database_path(uri)
+    uri = store.default_uri()
+    database = store.database_path(uri)
     if database is not None and not database.exists():
         yield "MLflow store", "ok", f"{uri}, made by the first run"
         return
     try:
-        charts_view.check_server(uri)
-        tracking.open_store(uri)
+        store.check_server(uri)
+        store.open_store(uri)
         yield "MLflow store", "ok", uri
     except UserError as error:
         yield "MLflow store", "wrong", str(error)

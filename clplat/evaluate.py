@@ -1,4 +1,4 @@
-"""Scores of a learner on every experience of a stream, in large batches; nothing of the training state changes."""
+"""Scores of a learner on every experience of a stream, in large batches. The training state stays as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clplat.learners.learner import Learner
-from clplat.streams.experience import Data, Experience
+from clplat.streams.experience import Data, Experience, Stream, StreamError
 
 
 def evaluation(learner: Learner) -> AbstractContextManager[None]:
@@ -24,8 +24,9 @@ def evaluate(
     examples: int | None = None,
     precision: AbstractContextManager | None = None,
     carries: bool = False,
+    on: str = "test",
 ) -> tuple[list[float], list[float]]:
-    """The score on each experience's test set, and the same with the classes not seen so far masked.
+    """Score on each experience's test set, and the same with the classes not seen so far masked.
 
     The second list is NaN where targets are not classes. With `carries`, each test set is read in
     order with a state of its own, fresh at first; that of the training is not touched.
@@ -38,15 +39,42 @@ def evaluate(
             the first of them, in whole rows.
         precision: context in which the net is run (autocast), None: plain.
         carries: the state of segments goes from each to the next.
+        on: "valid" for the sets that the stream holds out, instead of the test sets.
     """
     sums: list[Tensor] = []
     with evaluation(learner), precision or nullcontext():
         for experience in experiences:
-            sums.append(_score(learner, experience.test, batch_size, examples, carries))
+            sums.append(_score(learner, scored(experience, on), batch_size, examples, carries))
     totals = torch.stack(sums).tolist()  # the only wait for the device
     scores = [total / count for total, _, count in totals]
     masked = learner.objective.one_class
     return scores, [seen / count if masked else float("nan") for _, seen, count in totals]
+
+
+def scored(experience: Experience, on: str) -> Data:
+    """The set of an experience that is scored, `on` "test" or "valid".
+
+    Raises:
+        StreamError: there is no validation set.
+    """
+    data = experience.valid if on == "valid" else experience.test
+    if data is None or not len(data):
+        raise StreamError(
+            f"evaluation.on=valid: experience {experience.index} ({experience.name}) holds no examples out: give the "
+            "stream some (stream.valid_fraction=0.1, or stream.valid_size=1000 where it is generated), or set "
+            "evaluation.on=test."
+        )
+    return data
+
+
+def check_held_out(stream: Stream, on: str) -> None:
+    """Refuse a stream that lacks what is scored.
+
+    Raises:
+        StreamError: an experience has no validation set.
+    """
+    for experience in stream:
+        scored(experience, on)
 
 
 def _score(learner: Learner, data: Data, batch_size: int, examples: int | None, carries: bool) -> Tensor:

@@ -25,7 +25,8 @@ from clplat.config.check import check
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.resume import find
 from clplat.errors import UserError
-from clplat.train import Names, resumed
+from clplat.report.summary import Names
+from clplat.train import resumed
 from clplat.train import train as run
 
 if TYPE_CHECKING:

@@ -11,11 +11,13 @@ from clplat._torchvision import ensure_importable
 ensure_importable()
 
 import pytorch_lightning as pl  # noqa: E402  # only after the line above
+from pytorch_lightning.loggers import Logger  # noqa: E402
+from pytorch_lightning.utilities import rank_zero_only  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["forward_context", "one_fit", "pl", "quiet_trainer", "root_device", "tell_steps"]
+__all__ = ["Logger", "forward_context", "one_fit", "pl", "quiet_trainer", "rank_zero_only", "root_device", "tell_steps"]
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:

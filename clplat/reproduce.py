@@ -27,7 +27,8 @@ from clplat.catalogue import CONF, options
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, nearest
 from clplat.launch import prepared, quiet
-from clplat.train import Names, train
+from clplat.report.summary import Names
+from clplat.train import train
 
 
 class Row(BaseModel):

@@ -11,81 +11,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from clplat import checkpoint
 from clplat.composition import check_stream
-from clplat.evaluate import evaluate
+from clplat.evaluate import check_held_out, evaluate
 from clplat.learners.carry import Carry
 from clplat.learners.learner import Learner
 from clplat.lightning import forward_context, one_fit, pl, root_device
-from clplat.metrics import ScoreTable
+from clplat.scores import Results
 from clplat.settings import Evaluation, Training
 from clplat.stepper import Stepper
 from clplat.strategy import Session
 from clplat.streams.experience import Batch, Data, Stream, StreamError
 from clplat.streams.order import Order
 from clplat.streams.segments import segmented
+from clplat.tracking.base import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
-
-
-class Recorder(Protocol):
-    """What a run tells its tracker; `clplat.tracking.tracker` has the one for MLflow."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keep some values at an optimiser step; never blocks, never raises."""
-        ...
-
-    def log_results(self, results: ScoreTable, seen: ScoreTable) -> None:
-        """Keep the scores after an experience: over all classes, and over the classes seen so far."""
-        ...
-
-    def persist(self) -> None:
-        """Make safe what was logged so far: a checkpoint is about to be written, and a resume starts there."""
-        ...
-
-
-class Silent:
-    """A tracker that keeps nothing.
-
-    Args:
-        folder: the run's local folder; not used.
-        experiment: not used, so that `tracking=none` goes with a configuration that names one.
-    """
-
-    def __init__(self, folder: Path | None = None, experiment: str = "") -> None:
-        self.folder, self.experiment = folder, experiment
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def log_results(self, results: ScoreTable, seen: ScoreTable) -> None:
-        """Nothing."""
-
-    def persist(self) -> None:
-        """Nothing."""
-
-    def start(self, *args: Any, **kwargs: Any) -> str:
-        """No run is begun; its id is ""."""
-        return ""
-
-    def finish(self, results: ScoreTable, seen: ScoreTable) -> None:
-        """Nothing."""
-
-    def log_checkpoint(self, path: Path) -> None:
-        """Nothing."""
-
-    def close(self, status: str = "FINISHED") -> None:
-        """Nothing."""
-
-    def where(self) -> str:
-        """Where to look: nowhere."""
-        return "not tracked (tracking=none)"
 
 
 class Run:
@@ -113,7 +59,7 @@ class Run:
         trainer: pl.Trainer,
         training: Training,
         evaluation: Evaluation | None = None,
-        tracker: Recorder | None = None,
+        tracker: Tracker | None = None,
         folder: Path | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
@@ -143,11 +89,11 @@ class Run:
         self.carry = Carry() if carries else None
         self.stepper = Stepper(learner, self.carry)
         self.training, self.evaluation = training, evaluation or Evaluation()
-        self.tracker = tracker or Silent()
+        self.tracker = tracker or NoTracker()
         self.folder, self.notes = folder, notes or {}
+        check_held_out(stream, self.evaluation.on)
         score, higher = learner.objective.score_name, learner.objective.higher_is_better
-        self.results = ScoreTable(len(stream), score, higher)
-        self.seen_results = ScoreTable(len(stream), score, higher, masked=True)
+        self.results = Results.empty(len(stream), score, higher, self.evaluation.on)
         self.experience = 0
         """The experience being trained; K when the run is complete."""
         self.step = 0
@@ -169,7 +115,6 @@ class Run:
         if self.carry is not None:
             self.carry.state = state["carried"]
         self.results.load_state_dict(state["results"])
-        self.seen_results.load_state_dict(state["seen_results"])
         self._random = state["random"]
 
     def begin(self) -> None:
@@ -183,7 +128,7 @@ class Run:
             self.learner.begin(self.stream[0])
         self._begun = True
 
-    def go(self) -> ScoreTable:
+    def go(self) -> Results:
         """Train on what is left of the stream; returns all scores.
 
         Raises:
@@ -195,7 +140,7 @@ class Run:
             self.save()
         else:
             checkpoint.set_random_state(self._random)
-        if not self.results.trained:
+        if not self.results.all.trained:
             self.score(trained=-1, final=True)
         while self.experience < len(self.stream):
             self._learn_experience()
@@ -217,7 +162,7 @@ class Run:
         consolidated = time.perf_counter()
         self.score(trained=self.experience, final=True)
         done = self.experience + 1
-        self.tracker.log_results(self.results, self.seen_results)
+        self.tracker.log_results(self.results)
         self.tracker.log(
             {
                 "cost/training_seconds": trained - started,
@@ -274,10 +219,9 @@ class Run:
             None if final else self.evaluation.examples,
             forward_context(self.trainer),
             self.carry is not None,
+            self.evaluation.on,
         )
-        step = self.learner.steps
-        self.results.append(scores, trained, step, final)
-        self.seen_results.append(seen, trained, step, final)
+        self.results.append(scores, seen, trained, self.learner.steps, final)
 
     def save(self) -> None:
         """Write `last.ckpt`. A full disk does not stop the training: the last good checkpoint stays."""
@@ -293,7 +237,6 @@ class Run:
             "carried": None if self.carry is None else self.carry.state,
             "random": checkpoint.random_state(),
             "results": self.results.state_dict(),
-            "seen_results": self.seen_results.state_dict(),
             "notes": self.notes,
         }
         self.tracker.persist()

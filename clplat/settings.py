@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from clplat.checks import at_least, one_of
 from clplat.strategy import Session
 from clplat.streams.loader import batches_per_pass
 
@@ -76,17 +78,17 @@ class Evaluation:
         every_n_steps: rows between those after each experience, for the stability gap; None: no such rows.
         examples: those rows take this many examples of each test set, evenly spaced; None: all. Of sets in segments
             whose state is carried, the first ones: so many, rounded down to whole rows of them, and one at least.
+        on: score the `test` sets, or the sets that the stream holds out (`valid`), to search hyperparameters on.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1; `on` is something else.
     """
 
     batch_size: int = 1000
     every_n_steps: int | None = None
     examples: int | None = None
+    on: Literal["test", "valid"] = "test"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "every_n_steps", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"evaluation.{name}: got {value}, it must be at least 1.")
+        one_of("on", self.on, ("test", "valid"))
+        at_least(1, batch_size=self.batch_size, every_n_steps=self.every_n_steps, examples=self.examples)

@@ -1,4 +1,4 @@
-"""What happens when a sweep is over."""
+"""Report of a sweep that is over."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table of all runs of the sweep that finished."""
-        from clplat.report import tables as report
+        from clplat.report.references import with_references
+        from clplat.report.summary import read_run
+        from clplat.report.tables import print_sweep
 
         folder = Path(config.hydra.sweep.dir)
-        runs = [report.read_run(f) for f in sorted(folder.rglob("result.json"))]
+        runs = [read_run(f) for f in sorted(folder.rglob("result.json"))]
         if runs:
-            report.print_sweep(runs)
+            print_sweep(with_references(runs))
             print(f"curves: {next(folder.rglob('where.txt')).read_text()}runs:   {folder}")

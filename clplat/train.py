@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from clplat.config import resume
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, refusing
+from clplat.report.summary import Names
 
 if TYPE_CHECKING:
     from clplat.run import Run
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a run is called in tables and in MLflow.
-
-    Attributes:
-        stream: the option chosen in the group of that name.
-        learner: likewise.
-        strategy: the strategies in order, joined by "+".
-        sweep: the sweep's identifier, None for a single run.
-        varied: the options of this run that vary in its sweep, "" if none do.
-    """
-
-    stream: str
-    learner: str
-    strategy: str
-    sweep: str | None = None
-    varied: str = ""
 
 
 def resumed(
@@ -82,7 +62,9 @@ def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | N
     folder = _writable(folder)
 
     from clplat.build import Parts
-    from clplat.report import tables as report
+    from clplat.report import folder as report
+    from clplat.report.summary import summarise
+    from clplat.report.tables import print_run
     from clplat.run import Run
 
     label = names.varied or f"{names.strategy}, seed {cfg.seed}"
@@ -94,37 +76,28 @@ def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | N
         if state is not None:
             run.resume(state)
         run.begin()
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     tracker = parts.tracker
+    report.begin(folder, OmegaConf.to_yaml(cfg, resolve=True))
     notes["run_id"] = tracker.start(names, plain, parts.stream, run_id=notes["run_id"] or None)
     if names.sweep is None:
         _announce(cfg, names, run, folder)
     try:
         results = run.go()
-        summary = report.summarise(names, cfg.seed, results, run.seen_results)
-        _keep(run, folder, summary, tracker.where())
-        tracker.finish(results, run.seen_results)
+        summary = summarise(names, cfg.seed, results)
+        found = {name: value.numpy(force=True) for name, value in run.learner.strategy.report().items()}
+        report.finish(folder, summary, results, [e.name for e in parts.stream], tracker.where(), found)
+        tracker.finish(summary.metrics, results.all.finished)
         tracker.log_checkpoint(folder / "last.ckpt")
     except BaseException as error:
         tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
         raise
     tracker.close("FINISHED")
     if names.sweep is None:
-        report.print_run(results, run.seen_results, names, tracker.where())
+        print_run(results, summary, names, tracker.where())
     else:
-        shown = ", ".join(f"{name} {summary['metrics'][name]:.3f}" for name in ("average", "forgetting"))
+        shown = ", ".join(f"{name} {summary.metrics[name]:.3f}" for name in ("average", "forgetting"))
         print(f"{label}: {shown}")
-    return summary["metrics"]
-
-
-def _keep(run: Run, folder: Path, summary: Any, where: str) -> None:
-    import numpy as np
-
-    (folder / "where.txt").write_text(where + "\n")
-    (folder / "result.json").write_text(json.dumps(summary, indent=1))
-    found = {name: value.numpy(force=True) for name, value in run.learner.strategy.report().items()}
-    if found:
-        np.savez(folder / "strategy.npz", allow_pickle=False, **found)
+    return summary.metrics
 
 
 def _announce(cfg: DictConfig, names: Names, run: Run, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from clplat.config.refusing import ConfigError
+from clplat.report.flatten import flatten
 
 VOLATILE = ("resume", "debug", "progress", "output_dir", "tracking", "threads")
 """Keys that may be given anew when a run is resumed; all others are the run's own."""
@@ -60,17 +61,9 @@ def configuration(cfg: DictConfig, saved: Mapping[str, Any], given: Sequence[str
 
 def differences(a: DictConfig, b: DictConfig) -> list[str]:
     """The keys in which two configurations differ, as "key: value in a, value in b"."""
-    first, second = flatten(OmegaConf.to_container(a, resolve=True)), flatten(OmegaConf.to_container(b, resolve=True))
+    first, second = (flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (a, b))  # type: ignore[arg-type]  # mappings
     return [
         f"{key}: {first.get(key, 'absent')} in the run, {second.get(key, 'absent')} given"
         for key in sorted(first.keys() | second.keys())
         if first.get(key, "absent") != second.get(key, "absent")
     ]
-
-
-def flatten(node: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists stay values."""
-    if not isinstance(node, dict):
-        return {path: node}
-    inner = {f"{path}.{key}" if path else str(key): child for key, child in node.items()}
-    return {k: v for key, child in inner.items() for k, v in flatten(child, key).items()}

@@ -1,7 +1,7 @@
-"""Figures of one run: forgetting curves, and R as a heat map; as pictures and as one page that needs no network.
+"""Figures of one run: forgetting curves, and R as a heat map.
 
-matplotlib and plotly are imported where they are used. Figures are made without pyplot, so nothing global changes and
-nothing has to be closed.
+They are pictures, or one page that needs no network. matplotlib and plotly are imported where they are used. Figures are
+made without pyplot, so nothing global changes and nothing has to be closed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clplat.metrics import ScoreTable, after_each, average_accuracy
+from clplat.metrics import after_each, average_accuracy
+from clplat.scores import ScoreTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,16 +22,16 @@ INK, FAINT, AVERAGE = "#222222", "#dddddd", "#111111"
 
 
 def labels(experiences: int, names: Sequence[str] | None = None) -> list[str]:
-    """What the experiences are called: their names, shortened to 24 characters; their numbers if they have none."""
+    """Labels of experiences: their names, shortened to 24 characters; their numbers if they have none."""
     if names is None:
         return [f"experience {i}" for i in range(experiences)]
     return [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
 
 
 def progress(table: ScoreTable) -> Tensor:
-    """[rows] where each row of the table lies on an axis of experiences seen; rows in between have fractions.
+    """[rows] place of each row of the table on an axis of experiences seen.
 
-    0 is the untrained learner, i + 1 the end of experience i.
+    Rows inside experiences have fractions. 0 is the untrained learner, i + 1 the end of experience i.
     """
     ends = {i: step for i, step, final in zip(table.trained, table.step, table.final, strict=True) if final or i < 0}
     places = []
@@ -42,7 +43,7 @@ def progress(table: ScoreTable) -> Tensor:
 
 
 def curve(table: ScoreTable, experience: int) -> tuple[list[float], list[float]]:
-    """Experiences seen, and the score on one experience, from the moment it was first trained on."""
+    """Experiences seen and the score on one experience, from the moment it was first trained on."""
     begun = torch.tensor(table.trained) >= experience
     scores = table.rows[:, experience]
     chosen = begun & ~scores.isnan()
@@ -64,8 +65,8 @@ def curves(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
         axes.plot(
             x, y, color=shades[j], linewidth=1.2 if dense else 1.8, marker="" if dense else "o", ms=4, label=label
         )
-    average = after_each(average_accuracy, table.R[: table.seen, : table.seen])
-    x = list(range(1, table.seen + 1))
+    average = after_each(average_accuracy, table.R[: table.finished, : table.finished])
+    x = list(range(1, table.finished + 1))
     axes.plot(x, average.tolist(), color=AVERAGE, linewidth=2.6, marker="s", ms=5, label="average so far", zorder=5)
     axes.set_xlabel("experiences seen")
     axes.set_ylabel(_words(table))
@@ -83,7 +84,7 @@ def curves(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
 
 
 def matrix(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
-    """R as a heat map, dark is good; rows are what was trained, columns what was tested. Numbers up to 20 experiences."""
+    """R as a heat map, dark is good; rows are trained, columns tested. Numbers up to 20 experiences."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -118,7 +119,7 @@ def matrix(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
 
 
 def html(table: ScoreTable, names: Sequence[str] | None = None) -> str:
-    """Both figures as one page to hover over; plotly.js is inside it (about 4.5 MB), so it needs no network."""
+    """Both figures as one page to hover over; plotly.js is inside it (about 4.5 MB)."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
     from plotly.graph_objects import Heatmap, Scatter
@@ -132,8 +133,8 @@ def html(table: ScoreTable, names: Sequence[str] | None = None) -> str:
         line = {"color": to_hex(colormaps["viridis"](0.9 * j / max(k - 1, 1))), "width": 1.8}
         mode = "lines" if table.has_between else "lines+markers"
         figure.add_trace(Scatter(x=x, y=y, name=label, mode=mode, line=line), row=1, col=1)
-    average = after_each(average_accuracy, table.R[: table.seen, : table.seen]).tolist()
-    x = list(range(1, table.seen + 1))
+    average = after_each(average_accuracy, table.R[: table.finished, : table.finished]).tolist()
+    x = list(range(1, table.finished + 1))
     figure.add_trace(Scatter(x=x, y=average, name="average so far", line={"color": AVERAGE, "width": 3}), row=1, col=1)
     low, high = _limits(table)
     cells = [[None if value != value else value for value in row] for row in table.R.tolist()]

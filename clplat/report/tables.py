@@ -1,138 +1,30 @@
-"""What a person reads after training: the table of one run, and the forgetting table over many."""
+"""Tables for a person: one run's after training, and the forgetting table over many."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+from clplat.metrics import METRICS
+from clplat.report.summary import Names, RunSummary
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from clplat.metrics import ScoreTable
+    from clplat.scores import Results, ScoreTable
 
-COLUMNS = {
-    "average": "average {score}",
-    "average_incremental": "incremental {score}",
-    "forgetting": "forgetting",
-    "backward_transfer": "backward transfer",
-    "forward_transfer": "forward transfer",
-    "intransigence": "intransigence",
-    "omega": "omega",
-    "minimum": "worst {score} since learned",
-    "worst_case": "worst-case {score}",
-}
-"""Heading of each metric, in the order of columns."""
-
-DIFFERENCES = ("stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "trainer")
-"""Parts of the config that make two runs of one strategy different configurations; seeds do not."""
-
-
-class RunNames(Protocol):
-    """What a run is called; `clplat.train.Names` is one."""
-
-    @property
-    def stream(self) -> str:
-        """The stream's option."""
-        ...
-
-    @property
-    def learner(self) -> str:
-        """The learner's option."""
-        ...
-
-    @property
-    def strategy(self) -> str:
-        """The strategies in order, joined by "+"."""
-        ...
-
-    @property
-    def sweep(self) -> str | None:
-        """The sweep's identifier, None for a single run."""
-        ...
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One finished run, as `result.json` in its folder holds it.
-
-    Attributes:
-        strategy: the strategies in order, joined by "+".
-        stream: its option.
-        learner: its option.
-        seed: of the training.
-        metrics: `clplat.metrics.summary`, by name; NaN where undefined.
-        seen: the same of the scores with unseen classes masked; empty where targets are not classes.
-        score: what was scored.
-        higher_is_better: False for losses.
-        config: the flattened config of `DIFFERENCES`, from `config.yaml` beside `result.json`; empty if there is none.
-    """
-
-    strategy: str
-    stream: str
-    learner: str
-    seed: int
-    metrics: dict[str, float]
-    seen: dict[str, float] = field(default_factory=dict)
-    score: str = "accuracy"
-    higher_is_better: bool = True
-    config: dict[str, str] = field(default_factory=dict)
-
-
-def summarise(names: RunNames, seed: int, results: ScoreTable, seen: ScoreTable | None = None) -> dict[str, Any]:
-    """The content of `result.json`: plain values, NaN as null. `metrics` holds the metrics.
-
-    Args:
-        names: of the run.
-        seed: of the training.
-        results: the scores.
-        seen: the scores with unseen classes masked.
-    """
-    from clplat.metrics import summary
-
-    masked = summary(seen) if seen is not None else {}
-    run = RunSummary(
-        strategy=names.strategy,
-        stream=names.stream,
-        learner=names.learner,
-        seed=seed,
-        metrics=summary(results),
-        seen={} if all(math.isnan(value) for value in masked.values()) else masked,
-        score=results.score,
-        higher_is_better=results.higher_is_better,
-    )
-    plain = asdict(run)
-    del plain["config"]
-    for part in ("metrics", "seen"):
-        plain[part] = {name: None if math.isnan(value) else value for name, value in plain[part].items()}
-    return plain
-
-
-def read_run(path: str | Path) -> RunSummary:
-    """Read a `result.json`, and the `config.yaml` beside it.
-
-    Raises:
-        ValueError: it is not the result of a run.
-    """
-    path = Path(path)
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("metrics", "seen"):
-            plain[part] = {name: math.nan if value is None else value for name, value in plain[part].items()}
-        return RunSummary(**plain, config=_config(path.parent / "config.yaml"))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the result of a run ({type(error).__name__}: {error}).") from error
+IDENTITY = ("stream", "learner", "strategy", "scored on")
+"""Names that tell configurations apart before any key of the config does."""
 
 
 def print_run(
-    results: ScoreTable,
-    seen: ScoreTable | None = None,
-    names: RunNames | None = None,
+    results: Results,
+    summary: RunSummary,
+    names: Names | None = None,
     where: str = "",
     console: Console | None = None,
 ) -> None:
@@ -140,7 +32,7 @@ def print_run(
 
     Args:
         results: the scores.
-        seen: the scores with unseen classes masked; adds a column.
+        summary: of them; scores of seen classes add a column.
         names: of the run, for the title.
         where: a line that tells where to see more.
         console: None for standard output.
@@ -151,10 +43,12 @@ def print_run(
     console.print()
     if names is not None:
         console.print(f"[bold]{names.strategy} · {names.learner} · {names.stream}[/]", highlight=False)
-    if results.experiences <= 10:
-        console.print(f"{_words(results.score)} after training on (rows), tested on (columns)", highlight=False)
-        console.print(_matrix(results))
-    console.print(_summary(results, seen))
+    if results.all.experiences <= 10:
+        console.print(
+            f"{_words(summary.score)} after training on (rows), {_tested(summary.on)} (columns)", highlight=False
+        )
+        console.print(_matrix(results.all))
+    console.print(_summary(summary))
     if where:
         console.print(f"curves: {where}", soft_wrap=True, highlight=False)
 
@@ -162,7 +56,8 @@ def print_run(
 def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> None:
     """Print the forgetting table: a row for each configuration, mean ± standard deviation over its seeds.
 
-    Configurations are told apart by whatever differs between them: stream, learner, strategy, then keys of the config.
+    Configurations are told apart by whatever differs: stream, learner, strategy, the sets that were scored, then keys of
+    the config.
     The deviation is the sample's (n - 1), and absent for one seed. A metric that is undefined for one seed is undefined
     for the row. The best average comes first.
 
@@ -176,41 +71,65 @@ def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> N
     console = console or Console()
     for score in dict.fromkeys(run.score for run in runs):
         rows = group([run for run in runs if run.score == score])
-        count = sum(len(members) for _, members in rows)
-        columns: dict[str, list[str]] = {key: [described[key] for described, _ in rows] for key in rows[0][0]}
-        for metric, heading in COLUMNS.items():
-            cells = [mean_and_spread([run.metrics.get(metric, math.nan) for run in members]) for _, members in rows]
-            columns |= {heading.format(score=_words(score)): cells}
-            if metric == "average" and any(run.seen for _, members in rows for run in members):
-                cells = [mean_and_spread([run.seen.get(metric, math.nan) for run in members]) for _, members in rows]
-                columns |= {"seen classes only": cells}
-        columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
-        columns |= {"seeds": [str(len(members)) for _, members in rows]}
-        dropped = _fit(columns, console.width)
+        columns, left = _columns(rows, _words(score)), [*rows[0][0]]
+        dropped = _fit(columns, _words(score), console.width)
         table = Table(box=_box(), pad_edge=False, collapse_padding=True)
         for heading, cells in columns.items():
-            table.add_column(
-                heading, justify="left" if heading in rows[0][0] else "right", min_width=_width(heading, cells)
-            )
+            side = "left" if heading in left else "right"
+            table.add_column(heading, justify=side, min_width=_width(heading, cells))
         for cells in zip(*columns.values(), strict=True):
             table.add_row(*cells)
-        console.print(f"\n{count} {'run' if count == 1 else 'runs'}, mean ± std over seeds", highlight=False)
+        members = [run for _, group_ in rows for run in group_]
+        sets = " on the validation sets" if {run.on for run in members} == {"valid"} else ""
+        count = f"{len(members)} {'run' if len(members) == 1 else 'runs'}"
+        console.print(f"\n{count}{sets}, mean ± std over seeds", highlight=False)
         console.print(table)
         if dropped:
             console.print(f"left out for want of room: {', '.join(dropped)}", highlight=False)
+        _print_references(members, console)
 
 
-def _fit(columns: dict[str, list[str]], width: int) -> list[str]:
-    # Takes columns out until the table fits, those that the others tell the most about first.
+def _columns(rows: Sequence[tuple[dict[str, str], list[RunSummary]]], words: str) -> dict[str, list[str]]:
+    columns: dict[str, list[str]] = {key: [described[key] for described, _ in rows] for key in rows[0][0]}
+    for metric in METRICS:
+        cells = [mean_and_spread([run.metrics.get(metric, math.nan) for run in members]) for _, members in rows]
+        columns |= {_heading(metric, words): cells}
+        if metric == "average" and any(run.seen for _, members in rows for run in members):
+            cells = [mean_and_spread([run.seen.get(metric, math.nan) for run in members]) for _, members in rows]
+            columns |= {"seen classes only": cells}
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
+    return columns | {"seeds": [str(len(members)) for _, members in rows]}
+
+
+def _fit(columns: dict[str, list[str]], words: str, width: int) -> list[str]:
+    # Takes columns out until the table fits; never the average and forgetting.
     dropped = []
-    for name in ("average_incremental", "forward_transfer", "worst_case", "minimum", "backward_transfer"):
+    for name in sorted(METRICS, key=lambda name: METRICS[name].priority)[:-2]:
         if sum(_width(heading, cells) + 2 for heading, cells in columns.items()) <= width:
             break
-        start = COLUMNS[name].partition("{")[0]
-        for heading in [h for h in columns if start and h.startswith(start)]:
-            del columns[heading]
-            dropped.append(heading)
+        if columns.pop(_heading(name, words), None):
+            dropped.append(_heading(name, words))
     return dropped
+
+
+def _print_references(runs: Sequence[RunSummary], console: Console) -> None:
+    folders = sorted({folder for run in runs for folder in run.references})
+    if folders:
+        console.print(
+            f"intransigence and omega against {', '.join(str(_short(folder)) for folder in folders)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def _short(folder: Path) -> Path:
+    """The folder as seen from here, if it lies below."""
+    folder = folder.resolve()
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _heading(metric: str, words: str) -> str:
+    return METRICS[metric].title.format(score=words)
 
 
 def _width(heading: str, cells: Sequence[str]) -> int:
@@ -220,11 +139,11 @@ def _width(heading: str, cells: Sequence[str]) -> int:
 def group(runs: Sequence[RunSummary]) -> list[tuple[dict[str, str], list[RunSummary]]]:
     """Runs by configuration, best average first; each with the values that tell it from the others.
 
-    `strategy` is always among these; stream, learner and keys of the config only if they differ. Keys that only some
+    `strategy` is always among these; stream, learner, sets and keys of the config only if they differ. Keys that only some
     strategies have tell apart the configurations of one strategy, and are not shown for others.
     """
     described = [(_identity(run), run) for run in runs]
-    names = ("stream", "learner", "strategy")
+    names = IDENTITY
     shown = [n for n in names if n == "strategy" or len({d[n] for d, _ in described}) > 1]
     for key in sorted({key for d, _ in described for key in d if key not in names}):
         # A key counts if it differs between two runs that the names alone do not tell apart.
@@ -253,7 +172,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
-def markdown(results: ScoreTable, metrics: Mapping[str, float], labels: Sequence[str]) -> str:
+def markdown(results: Results, metrics: Mapping[str, float], labels: Sequence[str]) -> str:
     """Summary, and R up to 12 experiences, as markdown tables.
 
     Args:
@@ -261,11 +180,13 @@ def markdown(results: ScoreTable, metrics: Mapping[str, float], labels: Sequence
         metrics: `clplat.metrics.summary` of them.
         labels: of the K experiences.
     """
-    words = _words(results.score)
+    words, table = _words(results.all.score), results.all
     lines = ["| metric | value |", "|---|---|"]
     known = {name: value for name, value in metrics.items() if not math.isnan(value)}
-    lines += [f"| {COLUMNS[name].format(score=words)} | {value:.4f} |" for name, value in known.items()]
-    if results.experiences <= 12:
+    lines += [f"| {_heading(name, words)} | {value:.4f} |" for name, value in known.items()]
+    if results.on != "test":
+        lines += [f"| scored on | {results.on} |"]
+    if table.experiences <= 12:
         lines += ["", f"| {words} after ↓ on → | " + " | ".join(labels) + " |", "|---" * (len(labels) + 1) + "|"]
         for label, row in zip(labels, results.R.tolist(), strict=True):
             lines.append(f"| {label} | " + " | ".join("" if math.isnan(x) else f"{x:.3f}" for x in row) + " |")
@@ -273,27 +194,7 @@ def markdown(results: ScoreTable, metrics: Mapping[str, float], labels: Sequence
 
 
 def _identity(run: RunSummary) -> dict[str, str]:
-    return {"stream": run.stream, "learner": run.learner, "strategy": run.strategy, **run.config}
-
-
-def _config(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    import yaml
-
-    flat: dict[str, str] = {}
-
-    def walk(node: Any, name: str) -> None:
-        if isinstance(node, dict):
-            for key, child in node.items():
-                walk(child, f"{name}.{key}")
-        elif not name.endswith(("seed", "_target_")):
-            flat[name] = str(node)
-
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    for part in DIFFERENCES:
-        walk(config.get(part, {}), part)
-    return flat
+    return {"stream": run.stream, "learner": run.learner, "strategy": run.strategy, "scored on": run.on, **run.config}
 
 
 def _matrix(results: ScoreTable) -> Table:
@@ -316,28 +217,25 @@ def _matrix(results: ScoreTable) -> Table:
     return table
 
 
-def _summary(results: ScoreTable, seen: ScoreTable | None) -> Table:
+def _summary(run: RunSummary) -> Table:
     from rich.table import Table
 
-    from clplat.metrics import summary
-
-    metrics, masked = summary(results), summary(seen) if seen is not None else {}
-    second = any(not math.isnan(value) for value in masked.values())
     table = Table(box=_box())
     table.add_column("metric")
-    table.add_column("all classes" if second else "value", justify="right")
-    if second:
+    table.add_column("all classes" if run.seen else "value", justify="right")
+    if run.seen:
         table.add_column("seen classes", justify="right")
-    for name, heading in COLUMNS.items():
-        if not math.isnan(metrics[name]):
-            cells = [f"{metrics[name]:.4f}"] + ([_number(masked[name])] if second else [])
-            table.add_row(heading.format(score=_words(results.score)), *cells)
+    for name, value in run.metrics.items():
+        if not math.isnan(value):
+            cells = [f"{value:.4f}"] + (
+                ["-" if math.isnan(run.seen[name]) else f"{run.seen[name]:.4f}"] if run.seen else []
+            )
+            table.add_row(_heading(name, _words(run.score)), *cells)
     return table
 
 
-def _number(value: float) -> str:
-    """A number for a cell, "-" if it is undefined."""
-    return "-" if math.isnan(value) else f"{value:.4f}"
+def _tested(on: str) -> str:
+    return "tested on" if on == "test" else "validated on"
 
 
 def _words(score: str) -> str:

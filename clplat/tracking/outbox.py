@@ -1,4 +1,4 @@
-"""What has to reach a store, sent by a background thread: adding to it never blocks, and nothing in it is lost.
+"""Outbox of values and files for a store, sent by a background thread: adding never blocks, nothing is lost.
 
 While the store is away the thread tries again, less and less often, and writes what waits to `unsent.jsonl` in the
 run's folder. What is still unsent at the end stays there, and can be loaded into a new outbox.

@@ -1,50 +1,19 @@
-"""What a person meets in the MLflow UI: the saved view of forgetting curves, the link to it, and the server.
+"""The saved view of forgetting curves in the MLflow UI, and the link to it.
 
-Nothing here imports mlflow, so `clplat ui` starts fast. The form of a saved view is internal to MLflow (read from 3.17);
-`tests/tracking/test_browser.py` looks at it in a browser. If a later MLflow ignores it, the metric keys alone still give one
-chart for each experience.
+Its form is internal to MLflow (read from 3.17); `tests/tracking/test_browser.py` looks at it in a browser. If a later
+MLflow ignores it, the metric keys alone still give one chart for each experience.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from clplat.errors import UserError
 
 VIEW_KEY = "clplat"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-DATABASE = "mlruns.db"
-PORT = 5000
-HOST = f"http://127.0.0.1:{PORT}"
-"""Where `ui` serves by default."""
-
-
-class TrackingError(UserError):
-    """The tracking store cannot be used; the message says what was tried and what to do."""
-
-
-def default_uri(folder: Path | None = None) -> str:
-    """The store to use when none is given: $MLFLOW_TRACKING_URI, else `mlruns.db` in `folder` (None: working directory)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder or Path.cwd()).resolve() / DATABASE}"
-
-
-def database_path(uri: str) -> Path | None:
-    """The absolute file behind a `sqlite:///` address; None for any other store."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
 def experience_key(score: str, index: int) -> str:
@@ -171,118 +140,3 @@ def charts_url(host: str, experiment_id: str) -> str:
     base = f"{host.rstrip('/')}/" if host else ""
     view = f"compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"
     return f"{base}#/experiments/{experiment_id}/runs?{view}"
-
-
-def check_server(uri: str, timeout: float = 3.0) -> None:
-    """Refuse an http(s) tracking server that does not answer; any other store passes.
-
-    Raises:
-        TrackingError: it cannot be reached, does not answer within `timeout` seconds, or answers with a 5xx.
-    """
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
-    except urllib.error.HTTPError as error:
-        if error.code < 500:  # it is there; whether it lets us in shows with the first request
-            return
-        reason = f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-    else:
-        return
-    raise TrackingError(
-        f"The MLflow server at {uri} does not answer ({reason}). Start it (`clplat ui` starts one), correct "
-        "MLFLOW_TRACKING_URI, or unset it to use a local file."
-    )
-
-
-def ui(uri: str | None = None, port: int = PORT) -> int:
-    """Serve the MLflow UI on loopback until it is told to stop, and print the links to the forgetting curves.
-
-    With an http(s) store there is nothing to serve: the links are printed, and that is all.
-
-    Args:
-        uri: the store; None for `default_uri()`.
-        port: on 127.0.0.1.
-
-    Returns:
-        The server's exit code, 0 if it was told to stop.
-
-    Raises:
-        TrackingError: the store is missing or down, the port is taken, or the server ended while starting.
-    """
-    uri = uri or default_uri()
-    if uri.startswith(("http://", "https://")):
-        check_server(uri)
-        _print_links(uri)
-        return 0
-    database = database_path(uri)
-    if database is not None and not database.exists():
-        raise TrackingError(f"There is no store at {database}. Train something here first, or name another store.")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise TrackingError(f"Port {port} on 127.0.0.1 is taken. Give another one.")
-    host = f"http://127.0.0.1:{port}"
-    # Without these two the server takes 2 GB and ten processes.
-    environment = {
-        "PYTHONWARNINGS": "ignore",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level warning"]  # a line for every request would bury the links
-    command += ["--backend-store-uri", uri if database is None else f"sqlite:///{database}"]
-    if database is not None:
-        command += ["--artifacts-destination", (database.parent / "mlruns").as_uri()]
-    # In a session of its own the server and its worker can be stopped together.
-    server = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
-    stopped = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-        _signal_group(server, signal.SIGTERM)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while server.poll() is None and not stopped:
-            try:
-                check_server(host, timeout=1.0)
-            except TrackingError:
-                time.sleep(0.2)
-            else:
-                _print_links(host)
-                break
-        else:
-            if not stopped:
-                raise TrackingError(f"The MLflow server ended while starting (exit code {server.returncode}).")
-        code = server.wait()
-        return 0 if stopped else code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _signal_group(server, signal.SIGKILL)
-
-
-def _signal_group(server: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, number)
-
-
-def _print_links(host: str) -> None:
-    request = urllib.request.Request(
-        f"{host.rstrip('/')}/api/2.0/mlflow/experiments/search",
-        data=json.dumps({"max_results": 1000}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            experiments = json.load(answer).get("experiments", [])
-    except (OSError, ValueError):
-        experiments = []
-    print(f"MLflow UI: {host}", flush=True)
-    for experiment in experiments:
-        if any(tag["key"] == VIEW_TAG for tag in experiment.get("tags", [])):
-            link = charts_url(host, experiment["experiment_id"])
-            print(f"forgetting curves of {experiment['name']}: {link}", flush=True)

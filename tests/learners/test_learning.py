@@ -12,7 +12,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from learners.rows import Learns, collected
 
-from clplat.train import Names, train
+from clplat.report.summary import Names
+from clplat.train import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -466,7 +466,7 @@ def test_a_learner_is_scored_with_the_mean_and_leaves_it_behind(trainer: Callabl
     assert all(scored)
     assert finished == [False, False]
     assert all(torch.equal(p, averages[-1][n]) for n, p in learner.weights().items())
-    assert evaluate(learner, stream.experiences)[0] == run.results.rows[-1].tolist()
+    assert evaluate(learner, stream.experiences)[0] == run.results.all.rows[-1].tolist()
 
 
 def test_the_held_out_set_decides_in_a_run(trainer: Callable[..., pl.Trainer]) -> None:

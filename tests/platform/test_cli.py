@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from clplat import checkpoint
 from clplat.cli import main
-from clplat.train import Names, train
+from clplat.report.summary import Names
+from clplat.train import train
 
 QUICK = ["training.epochs=1", "progress=false", "learner.net.hidden=8", "tracking=none"]
 
@@ -240,7 +241,7 @@ def test_resume_takes_tracking_and_threads_from_the_run_unless_they_are_given(ca
 
     own = resumed()
     assert own.threads == 1
-    assert own.tracking._target_ == "clplat.run.Silent"
+    assert own.tracking._target_ == "clplat.tracking.base.NoTracker"
     assert own.learner.net.mixer._target_.endswith("GRU")
     assert resumed("threads=2", "optimizer.lr=0.001").threads == 2
     store = f"sqlite:///{Path('other.db').absolute()}"

@@ -27,13 +27,15 @@ from clplat.config.check import check
 from clplat.config.kinds import Built, Misfit, misfit
 from clplat.config.refusing import ConfigError, nearest, refusing, root_keys, whole_key
 from clplat.config.renamed import MOVED
-from clplat.config.resume import differences, flatten
+from clplat.config.resume import differences
 from clplat.learners.learner import Learner
+from clplat.report.flatten import flatten
+from clplat.report.summary import Names
 from clplat.reproduce import read, words
-from clplat.run import Silent
 from clplat.streams.experience import Stream
 from clplat.streams.labelled import Labelled, Layout
-from clplat.train import Names, train
+from clplat.tracking.base import NoTracker
+from clplat.train import train
 
 CONF = Path(__file__).parents[2] / "conf"
 YAMLS = sorted(CONF.rglob("*.yaml"))
@@ -254,7 +256,7 @@ def test_every_learner_with_every_head_answers_in_the_right_shape_or_says_why_no
 # Whole runs
 
 
-class Curve(Silent):
+class Curve(NoTracker):
     """A tracker that keeps the loss of every step."""
 
     losses: list[float]
@@ -268,7 +270,7 @@ class Curve(Silent):
 def curve(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The losses of the run to come, in place of the tracker that keeps nothing."""
     Curve.losses = []
-    monkeypatch.setattr("clplat.run.Silent", Curve)
+    monkeypatch.setattr("clplat.tracking.base.NoTracker", Curve)
     return Curve.losses
 
 

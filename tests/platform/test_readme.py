@@ -290,11 +290,8 @@ def test_the_keys_of_the_semantics(key: str, values: list[str], default: str) ->
         built(cfg)
 
 
-def test_the_semantics_have_every_metric_and_a_table_of_keys() -> None:
-    from clplat.metrics import SUMMARY
-
+def test_the_semantics_have_a_table_of_keys() -> None:
     assert len(KEYS) >= 10
-    assert re.findall(r"^\| `(\w+)` \| .* \d{4}", SEMANTICS, flags=re.MULTILINE) == list(SUMMARY)
 
 
 class Counting(pl.Callback):

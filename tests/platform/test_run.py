@@ -101,7 +101,7 @@ def test_evaluation_changes_nothing_in_the_training(trainer):
     for every in (None, 3):
         learner = tiny_learner(stream, Replay(capacity=20, seed=0))
         run = Run(stream, learner, trainer(), Training(batch_size=16, epochs=2), Evaluation(every_n_steps=every))
-        tables.append(run.go())
+        tables.append(run.go().all)
         finals.append(weights(learner))
     assert same(*finals)
     assert torch.equal(tables[0].R, tables[1].R)
@@ -145,7 +145,7 @@ def test_steps_go_on_over_experiences_where_lightning_looks(trainer):
     stream = tiny_stream()
     t = trainer()
     learner = tiny_learner(stream)
-    table = Run(stream, learner, t, Training(batch_size=16, steps=9)).go()
+    table = Run(stream, learner, t, Training(batch_size=16, steps=9)).go().all
     assert learner.steps == t.global_step == 27
     assert table.step == [0, 9, 18, 27]
 
@@ -196,7 +196,7 @@ def test_the_backward_pass_runs_without_autocast(trainer):
 def test_joint_training_makes_room_for_all_classes(trainer, options):
     stream = tiny_stream()
     learner = tiny_learner(stream, Joint(), **options)
-    table = Run(stream, learner, trainer(), Training(batch_size=16, epochs=4)).go()
+    table = Run(stream, learner, trainer(), Training(batch_size=16, epochs=4)).go().all
     assert learner.steps == 4 * math.ceil(210 / 16)
     assert torch.equal(table.R[0], table.R[2])
     assert (table.R[0] > table.baseline).all()
@@ -255,7 +255,7 @@ def kill_in(moment: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_killed_anywhere_and_resumed_equals_uninterrupted(trainer, tmp_path, monkeypatch, moment, count, head):
     whole = one_run(trainer, tmp_path / "whole", head)
     (tmp_path / "whole").mkdir()
-    table = whole.go()
+    table = whole.go().all
 
     (tmp_path / "cut").mkdir()
     cut = one_run(trainer, tmp_path / "cut", head)
@@ -268,19 +268,19 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(trainer, tmp_path, mon
         pytest.fail("a run is resumable from its first moment on")
     torch.manual_seed(999)  # nothing may depend on the state of the new process
     resumed = one_run(trainer, tmp_path / "cut", head, checkpoint.load(tmp_path / "cut" / "last.ckpt"))
-    again = resumed.go()
+    again = resumed.go().all
     assert same(weights(resumed.learner), weights(whole.learner))
     assert torch.equal(again.rows, table.rows) and again.step == table.step and again.trained == table.trained
     assert torch.equal(
-        torch.nan_to_num(resumed.seen_results.rows, nan=-1), torch.nan_to_num(whole.seen_results.rows, nan=-1)
+        torch.nan_to_num(resumed.results.seen.rows, nan=-1), torch.nan_to_num(whole.results.seen.rows, nan=-1)
     )
 
 
 def test_a_complete_run_resumes_to_the_same_scores(trainer, tmp_path):
     run = one_run(trainer, tmp_path, Head)
-    table = run.go()
+    table = run.go().all
     again = one_run(trainer, tmp_path, Head, checkpoint.load(tmp_path / "last.ckpt"))
-    assert torch.equal(again.go().rows, table.rows)
+    assert torch.equal(again.go().all.rows, table.rows)
     assert again.learner.steps == run.learner.steps
 
 

@@ -1,15 +1,17 @@
 """The figures show the numbers they are given, for any number of experiences, without global state."""
 
+import base64
 import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from clplat.metrics import NAN, ScoreTable
 from clplat.report import figures
+from clplat.scores import NAN, ScoreTable
 
 
 def table(k: int = 3, between: int = 0, score: str = "accuracy", higher: bool = True) -> ScoreTable:
@@ -27,6 +29,19 @@ def table(k: int = 3, between: int = 0, score: str = "accuracy", higher: bool = 
 
 def drawn(figure):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()}
+
+
+def page_data(page: str) -> list[dict]:
+    """The traces that a page of plotly draws."""
+    call = page[page.rindex("Plotly.newPlot(") :]
+    return json.JSONDecoder().raw_decode(call[call.index("[") :])[0]
+
+
+def numbers(values) -> list[float]:
+    """A trace's numbers, which plotly writes as a list or as bytes in base 64."""
+    if isinstance(values, list):
+        return values
+    return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).tolist()
 
 
 def test_a_curve_begins_when_its_experience_was_trained():
@@ -65,7 +80,9 @@ def test_any_run_can_be_drawn(scores, tmp_path):
         path = tmp_path / f"{name}.png"
         draw(scores).savefig(path, dpi=60)
         assert path.stat().st_size > 2000
-    assert "plotly" in figures.html(scores)
+    *lines, heat = page_data(figures.html(scores))
+    assert len(lines) == scores.experiences + 1
+    assert len(heat["z"]) == scores.experiences
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_went():
@@ -82,9 +99,13 @@ def test_the_page_needs_no_network_and_holds_the_numbers():
     page = figures.html(table(), ["zero", "one", "two"])
     assert not re.search(r"<script[^>]+src=", page)
     assert not re.search(r"<link[^>]+href=", page)
-    data = page[page.rindex("Plotly.newPlot(") :]
-    assert '"name":"average so far"' in data
-    assert json.dumps([0.9, 0.1, 0.1], separators=(",", ":")) in data or '"dtype":"f8"' in data
+    zero, one, two, average, heat = page_data(page)
+    assert [trace["name"] for trace in (zero, one, two, average)] == ["zero", "one", "two", "average so far"]
+    assert (numbers(zero["x"]), numbers(zero["y"])) == ([1, 2, 3], pytest.approx([0.9, 0.8, 0.7]))
+    assert (numbers(two["x"]), numbers(two["y"])) == ([3], pytest.approx([0.9]))
+    assert numbers(average["y"]) == pytest.approx([0.9, 0.85, 0.8])
+    assert heat["z"][0] == pytest.approx([0.9, 0.1, 0.1])
+    assert heat["z"][2] == pytest.approx([0.7, 0.8, 0.9])
 
 
 def test_names_are_shortened():
@@ -97,7 +118,7 @@ def test_pyplot_is_not_touched():
     code = """
 import sys
 from clplat.report import figures
-from clplat.metrics import ScoreTable
+from clplat.scores import ScoreTable
 assert "matplotlib" not in sys.modules and "plotly" not in sys.modules
 figures.curves(ScoreTable(2)), figures.matrix(ScoreTable(2))
 print("matplotlib.pyplot" in sys.modules)

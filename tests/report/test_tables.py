@@ -9,20 +9,22 @@ import pytest
 import yaml
 from rich.console import Console
 
-from clplat.metrics import ScoreTable
 from clplat.report import tables as report
-from clplat.report.tables import RunSummary
-from clplat.train import Names
+from clplat.report.summary import Names, RunSummary, read_run, summarise
+from clplat.scores import Results
 
 NAMES = Names(stream="split_digits", learner="lstm", strategy="ewc+replay")
 
 
-def table(masked: bool = False) -> ScoreTable:
-    scores = ScoreTable(2, masked=masked)
-    scores.append([0.1, 0.2], -1, 0)
-    scores.append([0.9, 0.3], 0, 10)
-    scores.append([0.5, 0.8], 1, 20)
-    return scores
+def results(on: str = "test", masked: bool = True) -> Results:
+    found = Results.empty(2, on=on)
+    for row, trained, step in (([0.1, 0.2], -1, 0), ([0.9, 0.3], 0, 10), ([0.5, 0.8], 1, 20)):
+        found.append(row, row if masked else [math.nan] * 2, trained, step)
+    return found
+
+
+def print_run(found: Results, *arguments, console: Console | None = None) -> None:
+    report.print_run(found, summarise(NAMES, 7, found), *arguments, console=console)
 
 
 def run(strategy: str, seed: int, average: float, **more: Any) -> RunSummary:
@@ -42,37 +44,39 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_a_result_comes_back_from_its_file(tmp_path):
-    plain = report.summarise(NAMES, 7, table(), table(masked=True))
+    plain = summarise(NAMES, 7, results(on="valid")).plain()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["metrics"]["average"] == pytest.approx(0.65)
     assert plain["metrics"]["omega"] is None
     (tmp_path / "result.json").write_text(json.dumps(plain))
     config = {"seed": 7, "strategy": {"ewc": {"strength": 10.0, "_target_": "x.EWC"}}, "tracking": {"uri": None}}
+    config["stream"] = {"order_seed": 4}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    back = report.read_run(tmp_path / "result.json")
+    back = read_run(tmp_path / "result.json")
     assert (back.strategy, back.stream, back.learner, back.seed) == ("ewc+replay", "split_digits", "lstm", 7)
     assert back.metrics["forgetting"] == pytest.approx(0.4)
     assert math.isnan(back.metrics["omega"])
     assert back.seen["average"] == pytest.approx(0.65)
-    assert back.config == {"strategy.ewc.strength": "10.0"}
+    assert (back.config, back.seeds) == ({"strategy.ewc.strength": "10.0"}, {"stream.order_seed": "4"})
+    assert (back.on, back.folder) == ("valid", tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"strategy": "x"}', '{"metrics": {}, "seen": {}, "who": 1}'])
 def test_a_file_that_is_no_result_is_said(tmp_path, text):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ValueError, match=r"result\.json is not the result of a run"):
-        report.read_run(tmp_path / "result.json")
+        read_run(tmp_path / "result.json")
 
 
 def test_scores_without_classes_have_no_seen_column():
-    scores = ScoreTable(2, "bits_per_token", higher_is_better=False, masked=True)
-    scores.append([math.nan, math.nan], 0, 1)
-    assert report.summarise(NAMES, 0, table(), scores)["seen"] == {}
-    assert "seen" not in printed(report.print_run, table(), scores)
+    found = results(masked=False)
+    assert summarise(NAMES, 0, found).seen == {}
+    assert "seen" not in printed(print_run, found)
+    assert "seen classes" in printed(print_run, results())
 
 
 def test_one_run_is_printed_with_its_matrix():
-    text = printed(report.print_run, table(), table(masked=True), NAMES, "http://host/#/x")
+    text = printed(print_run, results(), NAMES, "http://host/#/x")
     assert "ewc+replay · lstm · split_digits" in text
     lines = rows(text)
     assert ["untrained", "0.100", "0.200"] in lines
@@ -134,16 +138,18 @@ def test_what_is_undefined_for_a_seed_is_undefined_for_the_row():
 def test_the_note_is_markdown():
     from clplat.metrics import summary
 
-    text = report.markdown(table(), summary(table()), ["zero", "one"])
+    text = report.markdown(results(), summary(results().all), ["zero", "one"])
     assert "| average accuracy | 0.6500 |" in text
     assert "| one | 0.500 | 0.800 |" in text
     assert "omega" not in text
-    big = ScoreTable(13)
-    assert "after" not in report.markdown(big, summary(big), [str(i) for i in range(13)])
+    assert "scored on" not in text
+    assert "| scored on | valid |" in report.markdown(results("valid"), summary(results().all), ["zero", "one"])
+    big = Results.empty(13)
+    assert "after" not in report.markdown(big, summary(big.all), [str(i) for i in range(13)])
 
 
 def test_print_to_standard_output(capsys):
-    report.print_run(table())
+    print_run(results())
     report.print_sweep([run("a", 0, 0.5)])
     out = capsys.readouterr().out
     assert "0.6500" in out
@@ -151,8 +157,7 @@ def test_print_to_standard_output(capsys):
 
 
 def test_a_narrow_terminal_gets_whole_numbers_of_what_matters_most():
-    plain = report.summarise(NAMES, 0, table())
-    metrics = {name: math.nan if value is None else value for name, value in plain["metrics"].items()}
+    metrics = summarise(NAMES, 0, results()).metrics
     runs = [RunSummary("finetune", "s", "l", seed, metrics) for seed in range(2)]
     out = io.StringIO()
     report.print_sweep(runs, Console(file=out, width=66))
@@ -161,3 +166,14 @@ def test_a_narrow_terminal_gets_whole_numbers_of_what_matters_most():
     assert "0.650 ± 0.000" in text
     assert "0.400 ± 0.000" in text
     assert "left out for want of room: incremental accuracy, forward transfer" in " ".join(text.split())
+
+
+def test_tables_say_which_sets_were_scored():
+    assert "tested on (columns)" in printed(print_run, results())
+    assert "validated on (columns)" in printed(print_run, results(on="valid"))
+    assert "2 runs on the validation sets, mean" in printed(
+        report.print_sweep, [run("a", seed, 0.5, on="valid") for seed in range(2)]
+    )
+    mixed = printed(report.print_sweep, [run("a", 0, 0.5, on="valid"), run("a", 0, 0.4)])
+    assert [line[:2] for line in rows(mixed)[-2:]] == [["a", "valid"], ["a", "test"]]
+    assert "2 runs, mean" in mixed

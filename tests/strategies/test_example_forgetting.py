@@ -22,6 +22,7 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Output
 from clplat.learners.objectives import objective_for
 from clplat.rehearsal.example_forgetting import NEVER, MostForgotten, Presentations, answered_right, forgetting_scores
+from clplat.report.summary import Names
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
@@ -34,7 +35,7 @@ from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
-from clplat.train import Names, train
+from clplat.train import train
 
 K, N, D, C = 3, 40, 3, 6
 

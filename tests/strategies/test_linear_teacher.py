@@ -20,8 +20,9 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
-from clplat.metrics import ScoreTable, summary
+from clplat.metrics import summary
 from clplat.run import Run
+from clplat.scores import ScoreTable
 from clplat.settings import Training
 from clplat.strategy import Session, Strategy
 from clplat.streams.data import TensorData
@@ -185,7 +186,7 @@ def learned(
     with torch.no_grad():
         net.head.linear.weight.zero_()
     learner = Learner(net, objective_for("value"), strategy, partial(torch.optim.SGD, lr=lr)).double()
-    return Run(stream, learner, trainer(), Training(batch_size=len(stream[0].train), steps=steps)).go()
+    return Run(stream, learner, trainer(), Training(batch_size=len(stream[0].train), steps=steps)).go().all
 
 
 def test_whole_runs_of_the_platform_agree_with_the_closed_forms(trainer: Callable) -> None:

@@ -20,7 +20,7 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.per_task.masked import MaskedNet, TaskMasks, pack, unpack
 from clplat.per_task.net import lowest_entropy
-from clplat.run import Run, Silent
+from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.packnet import PackNet
 from clplat.strategies.relevance_maps import RelevanceMaps
@@ -28,6 +28,7 @@ from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 from clplat.streams.inputs import Inputs
+from clplat.tracking.base import NoTracker
 
 K, C, T, D = 3, 6, 5, 4
 TASKS = [(0, 1), (2, 3), (4, 5)]
@@ -92,7 +93,7 @@ class Watch(Strategy):
 
 
 def run(
-    trainer: Callable, strategy: Strategy, epochs: int = 4, tracker: Silent | None = None, **options: Any
+    trainer: Callable, strategy: Strategy, epochs: int = 4, tracker: NoTracker | None = None, **options: Any
 ) -> tuple[MaskedNet, Watch, Tensor]:
     watch = Watch()
     made = learner(Composite({"it": strategy, "watch": watch}), **options)
@@ -152,7 +153,7 @@ def test_learned_tasks_stay_the_same_in_every_bit(trainer: Callable, name: str, 
 def test_free_capacity_is_what_no_mask_covers_and_is_logged(trainer: Callable, name: str) -> None:
     kept: list[tuple[float, int]] = []
 
-    class Kept(Silent):
+    class Kept(NoTracker):
         def log(self, metrics: Mapping[str, float], step: int) -> None:
             if "capacity/free" in metrics:
                 kept.append((metrics["capacity/free"], step))

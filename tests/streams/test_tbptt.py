@@ -498,7 +498,7 @@ def test_sizes_that_do_not_fit_are_refused(trainer):
 def test_these_strategies_work(trainer, strategy, vary):
     stream = text_stream(starts=True, tasks=True)
     learner = make_learner(stream, strategy(), lr=0.05)
-    table = Run(stream, learner, trainer(), Training(batch_size=ROWS, steps=4, vary_segments=vary)).go()
+    table = Run(stream, learner, trainer(), Training(batch_size=ROWS, steps=4, vary_segments=vary)).go().all
     assert torch.isfinite(table.R).all()
     assert table.score != "accuracy"
     assert learner.steps == 8

@@ -214,7 +214,7 @@ def test_lower_bits_are_better_and_forgetting_is_positive(trainer):
     inputs = stream.inputs
     net = recurrent(inputs, partial(Head, outputs=stream.outputs), mixer=Elman, hidden=8)
     learner = Learner(net, NextToken(), None, partial(torch.optim.Adam, lr=0.02))
-    table = Run(stream, learner, trainer(), Training(batch_size=4, steps=60)).go()
+    table = Run(stream, learner, trainer(), Training(batch_size=4, steps=60)).go().all
     assert table.score == "bits_per_token"
     assert table.R[0, 0] < table.baseline[0] - 0.3
     assert table.R[1, 0] > table.R[0, 0] + 0.3

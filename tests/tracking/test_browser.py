@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from clplat.metrics import ScoreTable
+from clplat.report import folder as report
+from clplat.report.summary import Names, summarise
+from clplat.scores import Results
 from clplat.tracking.tracker import Tracker
 from clplat.tracking.view import charts_url
-from clplat.train import Names
 
 pytestmark = [
     pytest.mark.browser,
@@ -45,18 +46,19 @@ LOSSES = {"finetune": (0.42, 0.03), "ewc": (0.2, 0.06), "replay": (0.06, 0.02)}
 """Of each strategy: how much of an experience's accuracy the next one costs, and how much seeds differ."""
 
 
-def scores(strategy: str, seed: int, experiences: int = 5) -> ScoreTable:
+def scores(strategy: str, seed: int, experiences: int = 5) -> Results:
     """Made-up forgetting of a believable shape."""
     loss, spread = LOSSES[strategy]
     draw = random.Random(f"{strategy}{seed}")
-    table = ScoreTable(experiences)
-    table.append([0.1] * experiences, -1, 0)
+    found = Results.empty(experiences)
+    found.append([0.1] * experiences, [0.1] * experiences, -1, 0)
     accuracy = [0.1] * experiences
     for i in range(experiences):
         accuracy = [a * (1 - loss) + draw.gauss(0, spread) if j < i else a for j, a in enumerate(accuracy)]
         accuracy[i] = draw.uniform(0.96, 0.99)
-        table.append([min(max(a, 0), 1) for a in accuracy], i, 200 * (i + 1))
-    return table
+        row = [min(max(a, 0), 1) for a in accuracy]
+        found.append(row, row, i, 200 * (i + 1))
+    return found
 
 
 def log_sweep(folder: Path, uri: str) -> str:
@@ -64,17 +66,20 @@ def log_sweep(folder: Path, uri: str) -> str:
     experiment_id = ""
     for strategy in LOSSES:
         for seed in range(3):
-            table = scores(strategy, seed)
+            found = scores(strategy, seed)
             names = Names(stream="split_digits", learner="lstm", strategy=strategy, sweep="demo")
             tracker = Tracker(folder / f"{strategy}{seed}", experiment="forgetting", uri=uri)
             tracker.start(names, {"seed": seed})
             for step in range(0, 1000, 50):
                 tracker.log({"train/loss": 2.3 * 0.99 ** (step % 200)}, step)
-            growing = ScoreTable(table.experiences)
-            for row, trained, at in zip(table.rows, table.trained, table.step, strict=True):
-                growing.append(row, trained, at)
+            growing, table = Results.empty(found.all.experiences), found.all
+            for row, trained, at in zip(table.rows.tolist(), table.trained, table.step, strict=True):
+                growing.append(row, row, trained, at)
                 tracker.log_results(growing)
-            tracker.finish(growing)
+            summary = summarise(names, seed, growing)
+            labels = [f"digits {j}" for j in range(table.experiences)]
+            report.finish(tracker.folder, summary, growing, labels, tracker.where())
+            tracker.finish(summary.metrics, growing.all.finished)
             assert tracker.close() == 0
             experiment_id = tracker.experiment_id
     return experiment_id
@@ -88,7 +93,7 @@ def ui(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"from clplat.tracking.view import ui; ui({uri!r}, {port})"
+    code = f"from clplat.tracking.server import ui; ui({uri!r}, {port})"
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     host = f"http://127.0.0.1:{port}"

@@ -1,8 +1,7 @@
-"""Where a run came from: code version, environment, user. Everything here may fail quietly, nothing may stop a run."""
+"""Origin of a run: code version and environment. What cannot be found out is left open; nothing here stops a run."""
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
 import platform
 import subprocess
@@ -13,25 +12,8 @@ from typing import Any
 SHOWN = ("clplat", "torch", "pytorch-lightning", "mlflow", "hydra-core", "triton", "numpy")
 
 
-def tags() -> dict[str, str]:
-    """What MLflow shows about a run's origin."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container without a password file
-        user = "unknown"
-    commit = git("rev-parse", "HEAD") or own_commit()
-    shown = {
-        "mlflow.user": user,
-        "mlflow.source.name": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:1000],
-        "mlflow.source.type": "LOCAL",
-        "clplat.version": version("clplat"),
-        "torch.version": version("torch"),
-    }
-    return shown | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
 def code() -> dict[str, Any]:
-    """Command line, commits of the working directory (with files changed since) and of clplat, versions of the rest."""
+    """Command line, commits of the working directory (with changed files) and of clplat, and versions of the rest."""
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "command": sys.argv,
@@ -45,7 +27,7 @@ def code() -> dict[str, Any]:
 
 
 def installed() -> str:
-    """Every installed package with its version, in the form of a requirements file."""
+    """Every installed package with its version, as a requirements file."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
     return "".join(f"{name}=={found[name]}\n" for name in sorted(found, key=str.lower))
 
@@ -58,7 +40,7 @@ def own_commit() -> str | None:
 
 
 def version(package: str) -> str:
-    """Of an installed package; "absent" if it is not installed."""
+    """Version of an installed package; "absent" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -66,7 +48,7 @@ def version(package: str) -> str:
 
 
 def git(*arguments: str) -> str | None:
-    """What a git command prints in the working directory; None where there is no git, or no repository."""
+    """Output of a git command in the working directory; None where there is no git, or no repository."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

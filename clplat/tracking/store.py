@@ -1,0 +1,131 @@
+"""The MLflow store: its address, a client of it, and the keys that it accepts. mlflow is imported when one is opened."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clplat.tracking.base import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE = "mlruns.db"
+
+
+def default_uri(folder: Path | None = None) -> str:
+    """The store to use when none is given: $MLFLOW_TRACKING_URI, else `mlruns.db` in `folder` (None: working directory)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder or Path.cwd()).resolve() / DATABASE}"
+
+
+def database_path(uri: str) -> Path | None:
+    """The absolute file behind a `sqlite:///` address; None for any other store."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def absolute_uri(uri: str) -> str:
+    """The same address with an absolute path, where it is that of an SQLite file."""
+    database = database_path(uri)
+    return uri if database is None else f"sqlite:///{database}"
+
+
+def check_server(uri: str, timeout: float = 3.0) -> None:
+    """Refuse an http(s) tracking server that does not answer; any other store passes.
+
+    Raises:
+        TrackingError: it cannot be reached, does not answer within `timeout` seconds, or answers with a 5xx.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        if error.code < 500:  # it is there; whether it lets us in shows with the first request
+            return
+        reason = f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))
+    else:
+        return
+    raise TrackingError(
+        f"The MLflow server at {uri} does not answer ({reason}). Start it (`clplat ui` starts one), correct "
+        "MLFLOW_TRACKING_URI, or unset it to use a local file."
+    )
+
+
+def open_store(uri: str) -> MlflowClient:
+    """A client of the store at `uri`; an SQLite file that does not exist is created.
+
+    That happens under a file lock: of several processes that open a fresh file at once, MLflow lets all but one fail.
+
+    Raises:
+        Exception: whatever the store raises if it cannot be used.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # With MLflow's own seven retries, a call to a server that is away blocks for four minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import sqlite3
+
+    import filelock
+    from mlflow import MlflowClient
+
+    database = database_path(uri)
+    if database is None:
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the outbox says it once
+        return MlflowClient(tracking_uri=uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with filelock.FileLock(f"{database}.lock", timeout=120):
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+        connection = sqlite3.connect(database)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        finally:
+            connection.close()
+    return client
+
+
+def open_experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of the MLflow experiment of this name; it is created if it does not exist.
+
+    Raises:
+        TrackingError: it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        database = database_path(uri)
+        location = None if database is None else (database.parent / "mlruns" / metric_key(name)).as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"The MLflow experiment {name!r} was deleted: restore it, or choose another one with tracking.experiment=..."
+        )
+    return found.experiment_id
+
+
+def metric_key(name: str) -> str:
+    """The nearest key that MLflow accepts: letters, digits, `_ - . : /` and blanks, no path detours, 250 characters."""
+    clean = re.sub(r"[^/\w.\- :]", "_", name)
+    return posixpath.normpath(re.sub(r"\.\.+", "_", clean).strip("/") or "_")[:250]
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
