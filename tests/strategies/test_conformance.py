@@ -1,26 +1,29 @@
-"""Every strategy in conf/strategy obeys the contract: one row of `CASES` each, trained with an LSTM and a transformer.
+"""Every strategy in conf/strategy obeys the contract: each is trained in a list of one, as a configuration makes it.
 
-To add a strategy, add its row: options small enough for the tiny stream, what switches it off, what it is refused with.
+Its row stands beside its oracle: `CASES` of the strategy's own test file, of the type `cases.Case`.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import collected
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tiny import killed_and_resumed
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import clplat.run
-from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
@@ -28,103 +31,35 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.lightning import quiet_trainer
 from clplat.rehearsal.buffer import Buffer
-from clplat.run import Run
+from clplat.run import Run, Silent
 from clplat.settings import Training
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import Examples, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 TRAINING = Training(batch_size=16, epochs=1, chunk=3, log_every_n_steps=2)
-
-
-@dataclass(frozen=True)
-class Case:
-    """How a strategy is tested.
-
-    Attributes:
-        options: what differs from its yaml, so that it acts on 3 experiences of 50 sequences.
-        off: further options with which it must equal finetuning bit for bit; None where the method has no such switch.
-        tasks: True if it needs task labels.
-        refused: what it cannot be combined with, and a pattern of the reason that is given: {"replay": "..."}.
-        not_counted: patterns of state keys that are no store of the past (scratch of the current experience).
-        borrows: True if it reads old training sets from the stream: stored_bytes counts them, and no state holds them.
-        saves: checkpoints that a run writes with one after every step, if fewer than 9: it may train nothing for a while.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    off: dict[str, Any] | None = None
-    tasks: bool = False
-    refused: dict[str, str] = field(default_factory=dict)
-    not_counted: tuple[str, ...] = ()
-    saves: int = 9
-    borrows: bool = False
-
-
-CASES = {
-    "finetune": Case(off={}),
-    "joint": Case(),
-    "cumulative": Case(),
-    "ewc": Case({"strength": 50.0, "examples": 20}, off={"strength": 0.0}),
-    "replay": Case({"capacity": 20, "rows": 8}, off={"capacity": 0}),
-    "relevance_maps": Case({"prunings": 2}, not_counted=("tasks._extra_state",)),
-    "packnet": Case(tasks=True, not_counted=("tasks._extra_state",)),
-    "hypernetwork": Case({"hidden": [6], "embedding": 4, "beta": 1.0}, not_counted=("tasks._extra_state",)),
-    "chunked_hypernetwork": Case(
-        {"hidden": [8, 8], "embedding": 4, "chunk": 100, "code": 4, "beta": 1.0, "subset": 1, "targets": "outputs"},
-        tasks=True,
-        not_counted=("tasks._extra_state",),
-    ),
-    "recurrent_hypernetwork": Case(
-        {"hidden": 8, "embedding": 4, "chunk": 100, "code": 4, "beta": 1.0, "beta_state": 0.1, "grow": 2},
-        tasks=True,
-        refused={"refresh": "keeps a value for each weight"},
-        not_counted=("tasks._extra_state",),
-    ),
-    "remind": Case({"capacity": 40, "rows": 8, "parts": 4, "every": 5}, refused={"replay": "keeps raw rows"}),
-    "icl": Case({"batch_size": 16, "random_features": 12}, saves=7),
-    "slda": Case({"batch_size": 16}, saves=7),
-    "gpm": Case({"energy": 0.8, "examples": 20}, off={"energy": 0.0}),
-    "ogd": Case({"examples": 5, "capacity": 12}, off={"capacity": 0}),
-    "lagrangian": Case({"capacity": 20, "rows": 4}, off={"capacity": 0}),
-    "cwr_star": Case(),
-    "si": Case({"strength": 5.0}, off={"strength": 0.0}),
-    "der": Case({"capacity": 20, "rows": 8}, off={"capacity": 0}),
-    "derpp": Case({"capacity": 20, "rows": 8}, off={"alpha": 0.0, "beta": 0.0}),
-    "er_ace": Case({"capacity": 20, "rows": 8}, off={"capacity": 0}),
-    "agem": Case({"capacity_per_experience": 10, "rows": 8}, off={"capacity_per_experience": 0}),
-    "gem": Case({"capacity_per_experience": 10}, off={"capacity_per_experience": 0}),
-    "mir": Case({"capacity": 20, "rows": 4, "candidates": 8}, off={"capacity": 0}),
-    "refresh": Case({"rate": 1e-3, "examples": 20}, off={"rate": 0.0}),
-    "gdumb": Case({"capacity": 30}, not_counted=("initial",)),
-    "icarl": Case({"capacity": 12}, refused={}),
-    "generative_replay": Case({"rows": 8, "hidden": 8, "latent": 3}, off={"rows": 0}),
-    "lwf": Case(off={"strength": 0.0}, not_counted=("known",)),
-    "center_loss": Case({"strength": 0.5}, off={"strength": 0.0, "freeze_head": False}),
-    "lfl": Case({"strength": 0.5}, off={"strength": 0.0, "freeze_head": False}),
-    "distillation": Case(off={"feature": "none", "prediction": "none"}, not_counted=("known",)),
-    "mas": Case({"strength": 5.0, "examples": 20}, off={"strength": 0.0}),
-    "rwalk": Case({"strength": 5.0, "interval": 2}, off={"strength": 0.0}),
-    "rehearsal_environment": Case({"fraction": 0.5, "min_examples": 0}, off={"fraction": 0.0}, borrows=True),
-    "rehearsal_budget": Case({"examples": 10}, off={"examples": 0}, borrows=True),
-    "rewarming": Case({"warmup": 0.5}, off={"warmup": 0.0, "final": 1.0}),
-    "freeze": Case(off={"blocks": 0, "embedding": False}),
-    "selective_init": Case({"examples": 10, "steps": 2}),
-    "time_vectors": Case(off={"merge": "none"}),
-    "example_forgetting": Case(off={}),
-    "forgetting_replay": Case({"capacity": 12, "rows": 8}, off={"capacity": 0}),
-}
+CASES = collected()
 PARTNERS = {"replay": {"capacity": 20, "rows": 8}, "refresh": {"rate": 1e-3, "examples": 20}}
 
-every = pytest.mark.parametrize("name", sorted(CASES))
+
+def named(names: Iterable[str]) -> list[Any]:
+    """One parameter a strategy; what is cached for it stays in one process."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(names)]
+
+
+every = pytest.mark.parametrize("name", named(CASES))
 both = pytest.mark.parametrize("net", ["lstm", "transformer"])
+slow = pytest.mark.slow
 
 
 class Guarded(Examples):
-    """Test data that may be read in evaluation only."""
+    """Test data that count how often they are read outside evaluation."""
 
     evaluating = False
+    leaks = 0
 
     def __init__(self, data: TensorData) -> None:
         self.data = data
@@ -133,32 +68,25 @@ class Guarded(Examples):
         return len(self.data)
 
     def batch(self, index: Tensor) -> Batch:
-        assert Guarded.evaluating, "test data were read outside evaluation"
+        Guarded.leaks += not Guarded.evaluating
         return self.data.batch(index)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        assert Guarded.evaluating, "test data were read outside evaluation"
+        Guarded.leaks += not Guarded.evaluating
         return self.data.batches(indices)
 
     def targets(self) -> Tensor | None:
         return self.data.targets()
 
 
-def make_stream(tasks: bool = False, guarded: bool = False) -> Stream:
+def make_stream(tasks: bool = False) -> Stream:
     """Two classes an experience, sequences [5, 4] whose mean tells the class."""
     generator = torch.Generator().manual_seed(5)
     parts = []
     for k in range(3):
-        train, test = (_examples(k, n, generator, k if tasks else None) for n in (50, 30))
-        part = Experience(
-            k,
-            f"pair {k}",
-            (2 * k, 2 * k + 1),
-            train,
-            Guarded(test) if guarded else test,
-            task_label=k if tasks else None,
-        )
-        parts.append(part)
+        label = k if tasks else None
+        train, test = (_examples(k, n, generator, label) for n in (50, 30))
+        parts.append(Experience(k, f"pair {k}", (2 * k, 2 * k + 1), train, Guarded(test), task_label=label))
     scenario = "task_incremental" if tasks else "class_incremental"
     return Stream("tiny", tuple(parts), scenario, "class", 6, features=4, length=5)
 
@@ -188,150 +116,47 @@ def make_strategy(name: str, options: dict[str, Any]) -> Strategy:
     return instantiate(config.strategy[name], _convert_="all")
 
 
+def alone(name: str) -> Composite:
+    return Composite({name: make_strategy(name, CASES[name].options)})
+
+
 def weights(learner: Learner) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in learner.state_dict().items() if torch.is_tensor(v)}
 
 
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+def different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Names of tensors that differ; what is no tensor is not looked at."""
     assert a.keys() == b.keys()
-    different = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not different
+    return [k for k in a if torch.is_tensor(a[k]) and not torch.equal(a[k], b[k])]
 
 
-def train(trainer: Callable, name: str, net: str, off: bool = False, **options: Any) -> tuple[Learner, Run]:
-    case = CASES[name]
-    stream = make_stream(case.tasks)
-    strategy = Composite({name: make_strategy(name, case.options | (case.off or {} if off else {}))})
+class Terms(Silent):
+    """Keeps the names of what is logged in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.names |= {name for name in metrics if name.startswith("train/")}
+
+
+@dataclass
+class Trained:
+    """A finished run, how often it read test data outside evaluation, and the loss terms that it logged."""
+
+    run: Run
+    leaks: int
+    terms: set[str]
+    learner: Learner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.learner = self.run.learner
+
+
+def train(strategy: Strategy | None, net: str, tasks: bool = False, **options: Any) -> Trained:
+    stream, tracker = make_stream(tasks), Terms()
     learner = make_learner(stream, strategy, net)
-    run = Run(stream, learner, trainer(**options), TRAINING)
-    run.go()
-    return learner, run
-
-
-_trained: dict[tuple[str, str], tuple[Learner, Run]] = {}
-
-
-def trained(trainer: Callable, name: str, net: str) -> tuple[Learner, Run]:
-    """One finished run, shared by the tests that only look at it."""
-    if (name, net) not in _trained:
-        torch.manual_seed(0)
-        _trained[name, net] = train(trainer, name, net)
-    return _trained[name, net]
-
-
-def test_every_strategy_has_its_row():
-    assert set(CASES) == {path.stem for path in CONF.glob("*.yaml")} - {"custom"}
-
-
-@every
-@both
-def test_two_seeded_runs_are_equal_and_finite(trainer, name, net):
-    (one, run), (two, again) = trained(trainer, name, net), train(trainer, name, net)
-    assert_same(weights(one), weights(two))
-    assert torch.equal(run.results.R, again.results.R)
-    assert all(bool(torch.isfinite(p).all()) for p in one.net.parameters())
-
-
-@pytest.mark.parametrize("name", sorted(name for name, case in CASES.items() if case.off is not None))
-@both
-def test_off_is_finetuning_bit_for_bit(trainer, name, net):
-    case = CASES[name]
-    learner, run = train(trainer, name, net, off=True)
-    stream = make_stream(case.tasks)
-    plain = make_learner(stream, None, net)
-    expected = Run(stream, plain, trainer(), TRAINING).go()
-    assert_same(dict(plain.net.state_dict()), {k: v for k, v in learner.net.state_dict().items() if torch.is_tensor(v)})
-    assert torch.equal(run.results.R, expected.R)
-
-
-@every
-@pytest.mark.parametrize("kill", [2, 5, 6, 9])  # 5 and 6: the last step of an experience, and the boundary after it
-def test_killed_and_resumed_equals_uninterrupted(trainer, name, kill, tmp_path, monkeypatch):
-    """Killed inside an experience (a checkpoint after every step), at three places of the run."""
-    case = CASES[name]
-
-    def start(folder: Path) -> Run:
-        stream = make_stream(case.tasks)
-        learner = make_learner(stream, Composite({name: make_strategy(name, case.options)}), "lstm")
-        often = Training(batch_size=16, epochs=1, chunk=3, checkpoint_every_n_steps=1)
-        return Run(stream, learner, trainer(), often, folder=folder)
-
-    whole = start(tmp_path / "whole")
-    (tmp_path / "whole").mkdir()
-    whole.go()
-    broken, kill = start(tmp_path / "broken"), min(kill, case.saves)
-    (tmp_path / "broken").mkdir()
-    saves, save = 0, Run.save
-
-    class Killed(BaseException):
-        pass
-
-    def dying(self: Run) -> None:
-        nonlocal saves
-        save(self)
-        saves += 1
-        if saves == kill:
-            raise Killed
-
-    monkeypatch.setattr(Run, "save", dying)
-    with pytest.raises(Killed):
-        broken.go()
-    monkeypatch.setattr(Run, "save", save)
-    resumed = start(tmp_path / "broken")
-    torch.manual_seed(99)
-    resumed.resume(checkpoint.load(tmp_path / "broken" / "last.ckpt"))
-    resumed.go()
-    assert_same(weights(resumed.learner), weights(whole.learner))
-    assert torch.equal(resumed.results.R, whole.results.R)
-
-
-@every
-@both
-def test_state_survives_a_save_and_a_load(trainer, name, net):
-    case = CASES[name]
-    learner, _ = trained(trainer, name, net)
-    torch.save(learner.state_dict(), file := io.BytesIO())
-    file.seek(0)
-    fresh = make_learner(make_stream(case.tasks), Composite({name: make_strategy(name, case.options)}), net)
-    fresh.strategy.wrap(fresh)
-    for experience in make_stream(case.tasks):
-        fresh.shape_for(experience)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert_same(weights(learner), weights(fresh))
-    assert learner.strategy.stored_bytes() == fresh.strategy.stored_bytes()
-    batch = make_stream(case.tasks)[1].test.batch(torch.arange(10))
-    for one in (learner, fresh):
-        one.eval()
-        one.enter(make_stream(case.tasks)[2])
-    with torch.no_grad():
-        assert torch.equal(learner(batch).logits, fresh(batch).logits)
-
-
-@every
-def test_stored_bytes_are_what_is_stored(trainer, name):
-    learner, _ = trained(trainer, name, "lstm")
-    strategy, counted = learner.strategy, {}
-    for prefix, module in strategy.named_modules():
-        for key, t in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            if not any(re.search(p, f"{prefix}.{key}") for p in CASES[name].not_counted):
-                # Slots of a buffer that are not filled yet do not count.
-                counted[f"{prefix}.{key}"] = t[: len(module)] if isinstance(module, Buffer) else t
-    stored = sum(t.numel() * t.element_size() for t in counted.values())
-    if CASES[name].borrows:  # how much exactly is checked in the strategy's own tests
-        assert learner.strategy.stored_bytes() > stored
-        return
-    assert learner.strategy.stored_bytes() == stored, {k: list(t.shape) for k, t in counted.items()}
-
-
-@every
-@both
-def test_test_data_are_never_trained_on(trainer, name, net, monkeypatch):
-    case = CASES[name]
-    stream = make_stream(case.tasks, guarded=True)
-    learner = make_learner(stream, Composite({name: make_strategy(name, case.options)}), net)
-    Guarded.evaluating = True  # the shapes are looked at before training
-    run = Run(stream, learner, trainer(), TRAINING)
-    Guarded.evaluating = False
 
     def watched(*args: Any) -> Any:
         Guarded.evaluating = True
@@ -340,41 +165,166 @@ def test_test_data_are_never_trained_on(trainer, name, net, monkeypatch):
         finally:
             Guarded.evaluating = False
 
-    monkeypatch.setattr(clplat.run, "evaluate", watched)
-    run.go()
-    assert run.experience == len(stream)
+    run = Run(stream, learner, quiet_trainer(**options), TRAINING, tracker=tracker)
+    torch.manual_seed(0)
+    Guarded.leaks = 0  # the shapes are looked at before training
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clplat.run, "evaluate", watched)
+        run.go()
+    return Trained(run, Guarded.leaks, tracker.names)
+
+
+@cache
+def trained(name: str, net: str) -> Trained:
+    """The run of one strategy, shared by the tests that only look at it."""
+    return train(alone(name), net, CASES[name].tasks)
+
+
+@cache
+def finetuned(net: str, tasks: bool) -> Trained:
+    """The run without any strategy."""
+    return train(None, net, tasks)
+
+
+def test_every_strategy_has_its_row():
+    assert set(CASES) == {path.stem for path in CONF.glob("*.yaml")} - {"custom"}
+
+
+@every
+@pytest.mark.parametrize("net", [pytest.param("lstm", marks=slow), "transformer"])  # the killed runs are LSTMs, too
+def test_two_seeded_runs_are_equal_and_finite(name, net):
+    one, two = trained(name, net), train(alone(name), net, CASES[name].tasks)
+    assert not different(weights(one.learner), weights(two.learner))
+    assert torch.equal(one.run.results.R, two.run.results.R)
+    assert all(bool(torch.isfinite(p).all()) for p in one.learner.net.parameters())
+
+
+@pytest.mark.parametrize("name", named(name for name, case in CASES.items() if case.off is not None))
+@pytest.mark.parametrize("net", ["lstm", pytest.param("transformer", marks=slow)])
+def test_off_is_finetuning_bit_for_bit(name, net):
+    case = CASES[name]
+    off, plain = Composite({name: make_strategy(name, case.options | (case.off or {}))}), finetuned(net, case.tasks)
+    found = train(off, net, case.tasks)
+    expected, states = dict(plain.learner.net.state_dict()), dict(found.learner.net.state_dict())
+    assert not different(expected, {k: v for k, v in states.items() if torch.is_tensor(v)})
+    assert torch.equal(found.run.results.R, plain.run.results.R)
+
+
+@every
+@pytest.mark.parametrize(
+    "kill",  # the last step of an experience is 5, the boundary after it 6
+    [pytest.param(2, marks=slow), pytest.param(5, marks=slow), 6, 9],
+)
+def test_killed_and_resumed_equals_uninterrupted(name, kill, tmp_path):
+    """A checkpoint after every step changes nothing either: the run to compare with writes none."""
+    case, often = CASES[name], Training(batch_size=16, epochs=1, chunk=3, checkpoint_every_n_steps=1)
+
+    def start(folder: Path) -> Run:
+        stream = make_stream(case.tasks)
+        run = Run(stream, make_learner(stream, alone(name), "lstm"), quiet_trainer(), often, folder=folder)
+        torch.manual_seed(0)
+        return run
+
+    whole, resumed = trained(name, "lstm"), killed_and_resumed(start, tmp_path, min(kill, case.saves))
+    assert not different(weights(resumed.learner), weights(whole.learner))
+    assert torch.equal(resumed.results.R, whole.run.results.R)
 
 
 @every
 @both
-def test_runs_in_bfloat16(trainer, name, net):
-    learner, _ = train(trainer, name, net, precision="bf16-mixed")
-    assert all(bool(torch.isfinite(p).all()) for p in learner.net.parameters())
+def test_state_survives_a_save_and_a_load(name, net):
+    stream, learner = make_stream(CASES[name].tasks), trained(name, net).learner
+    torch.save(learner.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    fresh = make_learner(stream, alone(name), net)
+    fresh.strategy.setup(fresh, stream)
+    for experience in stream:
+        fresh.shape_for(experience)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert not different(weights(learner), weights(fresh))
+    assert learner.strategy.stored_bytes() == fresh.strategy.stored_bytes()
+    batch = stream[1].test.batch(torch.arange(10))
+    for one in (learner, fresh):
+        one.eval()
+        one.enter(stream[2])
+    with torch.no_grad():
+        assert torch.equal(learner(batch).logits, fresh(batch).logits)
 
 
 @every
-@pytest.mark.parametrize("partner", sorted(PARTNERS))
-@pytest.mark.parametrize("outermost", [False, True])
-def test_composes_with_replay_and_refresh_or_says_why_not(trainer, name, partner, outermost):
-    if name == partner:
+def test_stored_bytes_are_what_is_stored(name):
+    strategy, counted = trained(name, "lstm").learner.strategy, {}
+    for prefix, module in strategy.named_modules():
+        for key, t in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+            if not any(re.search(p, f"{prefix}.{key}") for p in CASES[name].not_counted):
+                # Slots of a buffer that are not filled yet do not count.
+                counted[f"{prefix}.{key}"] = t[: len(module)] if isinstance(module, Buffer) else t
+    stored = sum(t.numel() * t.element_size() for t in counted.values())
+    if CASES[name].borrows:  # how much exactly is checked in the strategy's own tests
+        assert strategy.stored_bytes() > stored
         return
+    assert strategy.stored_bytes() == stored, {k: list(t.shape) for k, t in counted.items()}
+
+
+@every
+@both
+def test_test_data_are_never_trained_on(name, net):
+    assert trained(name, net).run.experience == 3
+    assert trained(name, net).leaks == 0
+
+
+@every
+@pytest.mark.parametrize("net", ["lstm", pytest.param("transformer", marks=slow)])
+def test_trains_in_bfloat16_where_the_trainer_says_so(name, net):
+    dtypes: set[torch.dtype] = set()
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, Head) and torch.is_grad_enabled():  # evaluation takes no gradients
+            dtypes.add(output.dtype)
+
+    hook = register_module_forward_hook(note)
+    try:
+        learner = train(alone(name), net, CASES[name].tasks, precision="bf16-mixed").learner
+    finally:
+        hook.remove()
+    assert torch.bfloat16 in dtypes
+    assert all(p.dtype == torch.float32 and bool(torch.isfinite(p).all()) for p in learner.net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "partner"),
+    [
+        pytest.param(name, partner, marks=pytest.mark.xdist_group(name))
+        for name in sorted(CASES)
+        for partner in sorted(PARTNERS.keys() - {name})
+    ],
+)
+@pytest.mark.parametrize("outermost", [False, pytest.param(True, marks=slow)])
+def test_composes_with_replay_and_refresh_or_says_why_not(name, partner, outermost):
     case = CASES[name]
     parts = {name: make_strategy(name, case.options), partner: make_strategy(partner, PARTNERS[partner])}
     if outermost:
         parts = dict(reversed(parts.items()))
-
-    def go() -> Learner:
-        stream = make_stream(case.tasks)
-        learner = make_learner(stream, Composite(parts), "lstm")
-        Run(stream, learner, trainer(), TRAINING).go()
-        return learner
-
     if partner in case.refused:
         with pytest.raises(ValueError, match=case.refused[partner]):
-            go()
+            train(Composite(parts), "lstm", case.tasks)
         return
-    learner = go()
-    assert all(bool(torch.isfinite(p).all()) for p in learner.net.parameters())
+    found, mine, other = train(Composite(parts), "lstm", case.tasks), trained(name, "lstm"), beside(partner, case.tasks)
+    assert found.terms == mine.terms | other.terms
+    for part, one in ((name, mine), (partner, other)):
+        kept = found.learner.strategy.named[part].stored_bytes()
+        assert (kept > 0) == (one.learner.strategy.stored_bytes() > 0), part
+    state, ours = found.learner.net.state_dict(), mine.learner.net.state_dict()
+    assert bool(different(state, ours)) == (partner not in case.hides)
+    theirs = other.learner.net.state_dict()
+    if state.keys() == theirs.keys():  # a strategy that changed the net has acted
+        assert bool(different(state, theirs)) == (case.off != {} and partner not in case.hidden_by)
+
+
+@cache
+def beside(partner: str, tasks: bool) -> Trained:
+    """The run of a partner alone, on the stream of the strategy that it accompanies."""
+    return train(Composite({partner: make_strategy(partner, PARTNERS[partner])}), "lstm", tasks)
 
 
 def test_several_processes_are_refused_in_one_line(trainer):

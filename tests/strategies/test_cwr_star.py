@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 
 from clplat.learners.learner import Learner
@@ -51,6 +52,9 @@ def set_head(made: Learner, seed: int) -> tuple[Tensor, Tensor]:
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
     return weight, bias
+
+
+CASES = {"cwr_star": Case()}
 
 
 @torch.no_grad()

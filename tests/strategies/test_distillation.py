@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,6 +63,14 @@ def tagged(strategy: Strategy) -> tuple[Learner, Batch]:
     y = torch.randint(0, 4, (8, 6))
     y[:, 3:] = UNSCORED
     return Learner(net, objective_for("tag"), strategy), Batch(torch.randint(0, 7, (8, 6)), y)
+
+
+CASES = {
+    "lwf": Case(off={"strength": 0.0}, not_counted=("known",)),
+    "center_loss": Case({"strength": 0.5}, off={"strength": 0.0, "freeze_head": False}),
+    "lfl": Case({"strength": 0.5}, off={"strength": 0.0, "freeze_head": False}),
+    "distillation": Case(off={"feature": "none", "prediction": "none"}, not_counted=("known",)),
+}
 
 
 def test_lwf_is_the_divergence_over_old_classes(tiny: Any) -> None:

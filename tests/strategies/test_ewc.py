@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor, nn
 
@@ -64,6 +65,9 @@ def term(made: Learner) -> Tensor:
 
 def flat(made: Learner) -> Tensor:
     return torch.cat([p.detach().flatten() for p in made.weights().values()])
+
+
+CASES = {"ewc": Case({"strength": 50.0, "examples": 20}, off={"strength": 0.0})}
 
 
 def test_the_penalty_and_its_gradient() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import Case
 from hydra import compose, initialize_config_module
 from torch import Tensor
 
@@ -94,6 +95,12 @@ def presented(sequences: list[str], order: Callable[[int], Tensor] | None = None
 
 
 SEQUENCES = ["011010", "000000", "111111", "101010", "000001"]
+
+
+CASES = {
+    "example_forgetting": Case(off={}),
+    "forgetting_replay": Case({"capacity": 12, "rows": 8}, off={"capacity": 0}),
+}
 
 
 def test_known_sequences() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor, nn
 
 from clplat.learners.learner import Learner
@@ -87,6 +88,9 @@ def trained(trainer: Callable, made: Learner) -> list[dict[str, Tensor]]:
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+CASES = {"freeze": Case(off={"blocks": 0, "embedding": False})}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +28,9 @@ from clplat.streams.inputs import Inputs
 
 def noise(rows: int, latent: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(rows, latent, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = {"generative_replay": Case({"rows": 8, "hidden": 8, "latent": 3}, off={"rows": 0})}
 
 
 def test_the_bound_by_hand() -> None:

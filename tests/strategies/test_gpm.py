@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 
 from clplat.learners.learner import Learner
@@ -37,6 +38,9 @@ ANY = Stream("any", (), "domain_incremental", "class", 1)  # GPM does not read i
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+CASES = {"gpm": Case({"energy": 0.8, "examples": 20}, off={"energy": 0.0})}
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.97, 1.0])

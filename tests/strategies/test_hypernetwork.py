@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import instantiate
 from tiny import only
@@ -120,6 +121,16 @@ def after_a_step(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) 
         copy.grad = None if one.grad is None else one.grad.clone()
     other.step()
     return copies
+
+
+CASES = {
+    "hypernetwork": Case({"hidden": [6], "embedding": 4, "beta": 1.0}, not_counted=("tasks._extra_state",)),
+    "chunked_hypernetwork": Case(
+        {"hidden": [8, 8], "embedding": 4, "chunk": 100, "code": 4, "beta": 1.0, "subset": 1, "targets": "outputs"},
+        tasks=True,
+        not_counted=("tasks._extra_state",),
+    ),
+}
 
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 
 from clplat.composition import Composite
@@ -61,6 +62,9 @@ def solved(trainer: Callable, tasks: Sequence[tuple[Tensor, Tensor]], **options:
 def together(tasks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     x, y = zip(*tasks, strict=True)
     return torch.cat(x), torch.cat(y)
+
+
+CASES = {"icl": Case({"batch_size": 16, "random_features": 12}, saves=7)}
 
 
 def test_null_space_is_the_joint_minimum_norm_solution_and_forgets_nothing(trainer: Callable) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 
@@ -71,6 +72,9 @@ def term(made: Learner) -> Tensor:
     made.strategy.before_step(made, current)
     assert made.strategy.batch(made, current) is current  # replayed rows have a forward pass of their own
     return made.strategy.loss(made, current, made(current))["lagrangian"]
+
+
+CASES = {"lagrangian": Case({"capacity": 20, "rows": 4}, off={"capacity": 0})}
 
 
 def test_at_rho_0_it_is_weighted_replay() -> None:

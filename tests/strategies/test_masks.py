@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import only
+from cases import Case
+from tiny import only, sequences
 from torch import Tensor, nn
 
 from clplat.composition import Composite
@@ -25,8 +26,7 @@ from clplat.settings import Training
 from clplat.strategies.packnet import PackNet
 from clplat.strategies.relevance_maps import RelevanceMaps
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import Experience, Stream
+from clplat.streams.experience import Experience
 from clplat.streams.inputs import Inputs
 from clplat.tracking.base import NoTracker
 
@@ -52,18 +52,6 @@ class Convolution(Block):
         return self.conv(hidden.mT)[..., : hidden.shape[1]].mT.relu(), None
 
 
-def stream(tasks: bool = True) -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = torch.randint(2 * k, 2 * k + 2, (48,), generator=generator)
-        x = torch.randn(48, T, D, generator=generator) + (y % 2 * 2.0 - 1)[:, None, None]
-        data = TensorData(x, y, task=k if tasks else None)
-        parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k if tasks else None))
-    scenario = "task_incremental" if tasks else "class_incremental"
-    return Stream("tiny", tuple(parts), scenario, "class", C, features=D, length=T)
-
-
 def learner(strategy: Strategy, body: str = "lstm", tasks: bool = True, optimizer: Any = OPTIMIZERS[0]) -> Learner:
     torch.manual_seed(1)
     head: Callable[[int], Head] = partial(TaskHead, outputs=C, tasks=TASKS) if tasks else partial(Head, outputs=C)
@@ -87,7 +75,7 @@ class Watch(Strategy):
         assert isinstance(net, MaskedNet)
         self.weights.append([w.detach().clone() for w in net.parts(net.matrices)])
         learner.eval()
-        tests = [e.test.batch(torch.arange(20)) for e in stream()]
+        tests = [e.test.batch(torch.arange(20)) for e in sequences()]
         self.logits.append([net.as_task(tests[k], k).logits.clone() for k in range(experience.index + 1)])
         learner.train()
 
@@ -98,7 +86,7 @@ def run(
     watch = Watch()
     made = learner(Composite({"it": strategy, "watch": watch}), **options)
     training = Training(batch_size=16, epochs=epochs)
-    results = Run(stream(options.get("tasks", True)), made, trainer(), training, tracker=tracker).go()
+    results = Run(sequences(options.get("tasks", True)), made, trainer(), training, tracker=tracker).go()
     assert isinstance(made.net, MaskedNet)
     return made.net, watch, results.R
 
@@ -114,6 +102,12 @@ def strategies() -> dict[str, Callable[[], Strategy]]:
         "packnet": lambda: PackNet(),
         "packnet own": lambda: PackNet(vectors="own", prune_at=1.0),
     }
+
+
+CASES = {
+    "relevance_maps": Case({"prunings": 2}, not_counted=("tasks._extra_state",)),
+    "packnet": Case(tasks=True, not_counted=("tasks._extra_state",)),
+}
 
 
 def test_bits_survive_packing() -> None:
@@ -185,8 +179,8 @@ def test_packnet_releases_the_smallest_of_the_free_weights(trainer: Callable) ->
 
 def test_packnet_keeps_the_largest_and_retrains_them() -> None:
     made = learner(PackNet(prune=0.5))
-    only(made).setup(made, stream())
-    made.begin(stream()[0])
+    only(made).setup(made, sequences())
+    made.begin(sequences()[0])
     net = made.net
     assert isinstance(net, MaskedNet) and isinstance(only(made), PackNet)
     before = [w.detach().clone() for w in net.parts(net.matrices)]
@@ -197,7 +191,7 @@ def test_packnet_keeps_the_largest_and_retrains_them() -> None:
     optimizer = made.handover.begin(made.parameter_groups())
     for _ in range(3):
         optimizer.zero_grad()
-        batch = stream()[0].train.batch(torch.arange(16))
+        batch = sequences()[0].train.batch(torch.arange(16))
         made.objective(made(batch).logits, batch).backward()
         only(made).gradients(made, batch)
         optimizer.step()
@@ -216,7 +210,7 @@ def test_packnet_prunes_in_the_middle_of_an_experience(trainer: Callable) -> Non
             alive.append(int(learner.net.alive.sum()))
 
     made = learner(Composite({"packnet": PackNet(prune=0.5, prune_at=0.5), "count": Count()}))
-    Run(stream(), made, trainer(), Training(batch_size=16, steps=8)).go()
+    Run(sequences(), made, trainer(), Training(batch_size=16, steps=8)).go()
     assert isinstance(made.net, MaskedNet)
     whole = sum(made.net.sizes)
     assert alive[:8] == [whole] * 3 + [alive[3]] * 5
@@ -257,9 +251,9 @@ def test_relevance_is_the_formula_and_its_threshold_is_0638() -> None:
 
 def test_the_map_s_gradient_against_the_formula() -> None:
     made = learner(RelevanceMaps(sharpness=5.0), body="convolution")
-    only(made).setup(made, stream())
-    made.begin(stream()[0])
-    net, batch = made.net, stream()[0].train.batch(torch.arange(16))
+    only(made).setup(made, sequences())
+    made.begin(sequences()[0])
+    net, batch = made.net, sequences()[0].train.batch(torch.arange(16))
     assert isinstance(net, MaskedNet)
     made.objective(made(batch).logits, batch).backward()
     weights = {n: w.detach().requires_grad_() for n, w in net.weights_for(0).items()}
@@ -275,8 +269,8 @@ def test_the_map_s_gradient_against_the_formula() -> None:
 
 def test_pruning_by_relevance_and_magnitude() -> None:
     made = learner(RelevanceMaps(magnitude=0.1), body="convolution")
-    only(made).setup(made, stream())
-    made.begin(stream()[0])
+    only(made).setup(made, sequences())
+    made.begin(sequences()[0])
     net = made.net
     assert isinstance(net, MaskedNet) and isinstance(only(made), RelevanceMaps)
     assert all(0 <= float(a.detach().min()) < 0.2 and 0.8 < float(a.detach().max()) <= 1 for a in net.maps)
@@ -304,7 +298,7 @@ def test_pruning_happens_when_it_should(trainer: Callable) -> None:
             counts.append(int(learner.net.alive.sum()))
 
     made = learner(Composite({"relevance_maps": RelevanceMaps(prune_share=0.5, prunings=2), "count": Count()}))
-    Run(stream(), made, trainer(), Training(batch_size=16, steps=8)).go()
+    Run(sequences(), made, trainer(), Training(batch_size=16, steps=8)).go()
     assert isinstance(made.net, MaskedNet)
     whole = sum(made.net.sizes)
     for start in (0, 8, 16):
@@ -320,7 +314,7 @@ def test_later_tasks_may_reuse_frozen_weights(trainer: Callable) -> None:
 
 def test_without_task_labels_the_surest_task_answers(trainer: Callable) -> None:
     net, _, _ = run(trainer, RelevanceMaps(), tasks=False)
-    batch = stream(tasks=False)[1].test.batch(torch.arange(40))
+    batch = sequences(tasks=False)[1].test.batch(torch.arange(40))
     net.eval()
     _, chosen = lowest_entropy(net, batch, "class", None)
     entropies = torch.stack([torch.special.entr(net.as_task(batch, k).logits.softmax(-1)).sum(-1) for k in range(K)])

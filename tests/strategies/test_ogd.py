@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 
@@ -66,6 +67,9 @@ def spans(strategy: OGD, rows: Tensor) -> None:
 def gradient(x: Tensor, by_logit: Tensor) -> Tensor:
     """[C * D + C] of a linear layer, from the gradient [C] by its logits."""
     return torch.cat([torch.outer(by_logit, x).flatten(), by_logit])
+
+
+CASES = {"ogd": Case({"examples": 5, "capacity": 12}, off={"capacity": 0})}
 
 
 @pytest.mark.parametrize("of", ["true", "mean", "all"])

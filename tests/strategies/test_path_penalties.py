@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 
@@ -54,6 +55,13 @@ def followed(tiny: Any, strategy: Strategy) -> tuple[Learner, Diary]:
     diary = Diary()
     learner = tiny.trained(Composite({"mine": strategy, "diary": diary}), epochs=2)
     return learner, diary
+
+
+CASES = {
+    "si": Case({"strength": 5.0}, off={"strength": 0.0}),
+    "mas": Case({"strength": 5.0, "examples": 20}, off={"strength": 0.0}),
+    "rwalk": Case({"strength": 5.0, "interval": 2}, off={"strength": 0.0}),
+}
 
 
 @pytest.mark.parametrize("clip", [True, False])

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 from torch.func import functional_call
@@ -26,24 +28,12 @@ from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.recurrent_hypernetwork import RecurrentHypernetwork
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import Experience, Stream
+from clplat.streams.experience import Experience
 from clplat.streams.inputs import Inputs
 
 K, C, T, D = 3, 6, 5, 4
 TASKS = [(0, 1), (2, 3), (4, 5)]
 PIECES = [Piece(("a",), (3, 5), 0.3), Piece(("b",), (3,), 0.0), Piece(("c",), (4, 3), 0.2)]
-
-
-def stream() -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = torch.randint(2 * k, 2 * k + 2, (48,), generator=generator)
-        x = torch.randn(48, T, D, generator=generator) + (y % 2 * 2.0 - 1)[:, None, None]
-        data = TensorData(x, y, task=k)
-        parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k))
-    return Stream("tiny", tuple(parts), "task_incremental", "class", C, features=D, length=T)
 
 
 def learner(strategy: Strategy, **options: Any) -> Learner:
@@ -60,6 +50,16 @@ def strategy(**options: Any) -> RecurrentHypernetwork:
 
 def generator(hidden: int = 12, chunk: int = 5) -> Recurrent:
     return Recurrent(PIECES, 3, 1.0, hidden, chunk, 4, 1.0, torch.Generator().manual_seed(0))
+
+
+CASES = {
+    "recurrent_hypernetwork": Case(
+        {"hidden": 8, "embedding": 4, "chunk": 100, "code": 4, "beta": 1.0, "beta_state": 0.1, "grow": 2},
+        tasks=True,
+        refused={"refresh": "keeps a value for each weight"},
+        not_counted=("tasks._extra_state",),
+    ),
+}
 
 
 def test_a_chunk_depends_on_the_codes_up_to_its_own_and_on_no_later_one() -> None:
@@ -135,7 +135,7 @@ def test_a_run_grows_before_every_task_but_the_first(trainer: Callable) -> None:
             widths.append(learner.net.generator.hidden)
 
     made.strategy = Composite({"recurrent_hypernetwork": made.strategy, "watch": Watch()})
-    results = Run(stream(), made, trainer(), Training(batch_size=16, epochs=6)).go()
+    results = Run(tiny.sequences(), made, trainer(), Training(batch_size=16, epochs=6)).go()
     assert widths == [9, 11, 13]
     assert float(results.R[-1].min()) > 0.7
 
@@ -143,8 +143,8 @@ def test_a_run_grows_before_every_task_but_the_first(trainer: Callable) -> None:
 @pytest.mark.parametrize("targets", ["weights", "outputs"])
 def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
     made = learner(strategy(beta=0.0, beta_state=4.0, lookahead=False, targets=targets))
-    only(made).setup(made, stream())
-    for experience in stream():
+    only(made).setup(made, tiny.sequences())
+    for experience in tiny.sequences():
         made.begin(experience)
         if experience.index < 2:
             made.end(experience)
@@ -157,7 +157,7 @@ def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
         for p in net.generator.parameters():
             p.add_(0.1 * torch.randn_like(p))
     made.handover.begin(made.parameter_groups())
-    only(made).gradients(made, stream()[2].train.batch(torch.arange(4)))
+    only(made).gradients(made, tiny.sequences()[2].train.batch(torch.arange(4)))
     right = torch.autograd.grad(
         2.0 * (net.generator.states(past) - old).square().sum(), [net.generator.w_state, net.generator.codes]
     )
@@ -171,7 +171,7 @@ def test_the_penalty_on_states_against_its_definition(targets: str) -> None:
 def test_its_size_against_a_chunked_mlp() -> None:
     """What a generator costs depends on the chunk; the recurrent one has 4 G (G + E + P) weights besides U and p."""
     made = learner(strategy())
-    only(made).setup(made, stream())
+    only(made).setup(made, tiny.sequences())
     net = made.net
     assert isinstance(net, GeneratedNet) and isinstance(net.generator, Recurrent)
     steps = sum(-(-p.size // 50) for p in net.pieces)
@@ -199,7 +199,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_what_growing_does_not_go_with_is_refused() -> None:
     made = learner(strategy(grow=1), optimizer_state="kept")
     with pytest.raises(ValueError, match="set optimizer_state=fresh, or grow=0"):
-        only(made).setup(made, stream())
+        only(made).setup(made, tiny.sequences())
     with pytest.raises(ValueError, match="ewc keeps a value for each weight"):
         Composite({"recurrent_hypernetwork": strategy(grow=1), "ewc": EWC(strength=1.0)})
     Composite({"recurrent_hypernetwork": strategy(grow=0), "ewc": EWC(strength=1.0)})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +53,9 @@ def stepped(strategy: Refresh, bowl: Bowl) -> Tensor:
     learner: Any = bowl
     strategy.step(learner, bowl.closure, bowl.update)
     return bowl.w.detach()
+
+
+CASES = {"refresh": Case({"rate": 1e-3, "examples": 20}, off={"rate": 0.0})}
 
 
 @pytest.mark.parametrize("j", [1, 3])

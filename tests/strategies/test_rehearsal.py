@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 
@@ -59,6 +60,12 @@ def session(strategy: Strategy, k: int, data: Stream | None = None) -> Session:
 
 def per_source(batch: Batch) -> list[int]:
     return torch.bincount(batch.x[:, 0].long(), minlength=K).tolist()
+
+
+CASES = {
+    "rehearsal_environment": Case({"fraction": 0.5, "min_examples": 0}, off={"fraction": 0.0}, borrows=True),
+    "rehearsal_budget": Case({"examples": 10}, off={"examples": 0}, borrows=True),
+}
 
 
 def test_the_published_powerlaw_counts() -> None:

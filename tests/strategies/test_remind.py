@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,6 +157,9 @@ class Watched(Remind):
 
 
 # The base and the front
+
+
+CASES = {"remind": Case({"capacity": 40, "rows": 8, "parts": 4, "every": 5}, refused={"replay": "keeps raw rows"})}
 
 
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "mlp"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,6 +58,18 @@ def grads(learner: Learner) -> Tensor:
 
 
 # DER
+
+
+CASES = {
+    "der": Case({"capacity": 20, "rows": 8}, off={"capacity": 0}),
+    "derpp": Case({"capacity": 20, "rows": 8}, off={"alpha": 0.0, "beta": 0.0}),
+    "er_ace": Case({"capacity": 20, "rows": 8}, off={"capacity": 0}),
+    "agem": Case({"capacity_per_experience": 10, "rows": 8}, off={"capacity_per_experience": 0}),
+    "gem": Case({"capacity_per_experience": 10}, off={"capacity_per_experience": 0}),
+    "mir": Case({"capacity": 20, "rows": 4, "candidates": 8}, off={"capacity": 0}),
+    "gdumb": Case({"capacity": 30}, not_counted=("initial",)),
+    "icarl": Case({"capacity": 12}),
+}
 
 
 def test_der_stores_the_logits_of_the_step_and_adds_both_terms(tiny: Any) -> None:

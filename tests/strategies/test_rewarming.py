@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from cases import Case
+from tiny import Killed
 
 from clplat import checkpoint
 from clplat.composition import Composite
 from clplat.learners.learner import Learner
-from clplat.learners.nets.heads import Head
-from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Output
-from clplat.learners.objectives import objective_for
 from clplat.learners.schedules import warmup_cosine
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.rehearsal_environment import RehearsalEnvironment
 from clplat.strategies.rewarming import Rewarming, infinite, rewarmed
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import Batch, Experience, Stream
-from clplat.streams.inputs import Inputs
+from clplat.streams.experience import Batch
 
 K, N, LR = 3, 80, 0.05
+stream = partial(tiny.stream, examples=80, features=4, alternating=True)
 COURSE: dict[str, Any] = {
     "warmup": 100,
     "cooldown": 600,
@@ -54,20 +53,8 @@ class Rates(Strategy):
         self.replayed.append(0.0 if batch.source is None else float(batch.source.float().mean()))
 
 
-def stream() -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = 2 * k + torch.arange(N) % 2
-        data = TensorData(torch.randn(N, 4, generator=generator) + 0.5 * y[:, None], y)
-        parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=4, length=0)
-
-
 def learner(strategies: dict[str, Strategy], **options: Any) -> Learner:
-    torch.manual_seed(1)
-    net = mlp(Inputs(features=4, length=0), partial(Head, outputs=6), hidden=[7])
-    return Learner(net, objective_for("class"), Composite(strategies), partial(torch.optim.SGD, lr=LR), **options)
+    return tiny.learner(Composite(strategies), stream(), lr=LR, **options)
 
 
 def rates(trainer: Callable, strategy: Strategy, batch_size: int = 4, **options: Any) -> list[float]:
@@ -76,6 +63,9 @@ def rates(trainer: Callable, strategy: Strategy, batch_size: int = 4, **options:
     made = learner({"rewarming": strategy, "rates": noted}, **options)
     Run(stream(), made, trainer(), Training(batch_size=batch_size, epochs=1, chunk=7)).go()
     return [r / LR for r in noted.rates]
+
+
+CASES = {"rewarming": Case({"warmup": 0.5}, off={"warmup": 0.0, "final": 1.0})}
 
 
 @pytest.mark.parametrize("shape", ["cosine", "inverse_sqrt"])
@@ -143,9 +133,6 @@ def test_it_multiplies_the_learners_own_schedule(trainer: Callable) -> None:
 @pytest.mark.parametrize("kill", [9, 27, 33, 55])
 def test_killed_in_any_phase_the_rates_go_on(mode: str, kill: int, trainer: Callable, tmp_path: Path) -> None:
     """Steps 9, 27, 33 and 55 lie in the cooldown, twice in the constant phase, and in the annealing."""
-
-    class Killed(BaseException):
-        pass
 
     class Dying(Run):
         def save(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor
 
@@ -69,6 +70,9 @@ def watched(trainer: Callable, data: Stream, made: Learner) -> tuple[Watched, Se
     run = Watched(data, made, trainer(), Training(batch_size=8, epochs=8))
     run.go()
     return run, only(made)
+
+
+CASES = {"selective_init": Case({"examples": 10, "steps": 2})}
 
 
 @pytest.mark.parametrize("steps", [0, 3])

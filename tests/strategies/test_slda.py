@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from sklearn.covariance import OAS
 from tiny import only
 from torch import Tensor
@@ -51,6 +52,9 @@ def recurrence(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         means[label] = (counts[label] * means[label] + one) / (counts[label] + 1)
         counts[label] += 1
     return means, sigma
+
+
+CASES = {"slda": Case({"batch_size": 16}, saves=7)}
 
 
 @pytest.mark.parametrize("pieces", [[60], [1] * 60, [7, 20, 1, 32]])

@@ -9,21 +9,18 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from cases import Case
 from tiny import only
 from torch import Tensor, nn
 
-from clplat.learners.learner import Learner
-from clplat.learners.nets.heads import GrowingHead, Head
-from clplat.learners.nets.mlp import mlp
-from clplat.learners.objectives import objective_for
+from clplat.learners.nets.heads import GrowingHead
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.time_vectors import TimeVectors
 from clplat.strategy import Session, Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import Experience, Stream
-from clplat.streams.inputs import Inputs
+from clplat.streams.experience import Experience
 from clplat.weights.arithmetic import (
     add,
     analogy,
@@ -37,22 +34,8 @@ from clplat.weights.arithmetic import (
 )
 
 K, N, D = 3, 40, 5
-
-
-def stream() -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = 2 * k + torch.arange(N) % 2
-        data = TensorData(torch.randn(N, D, generator=generator) + 0.7 * y[:, None], y)
-        parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, length=0)
-
-
-def learner(strategy: Strategy | None, head: Callable = Head) -> Learner:
-    torch.manual_seed(1)
-    net = mlp(Inputs(features=D, length=0), partial(head, outputs=6), hidden=[7])
-    return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=0.1))
+stream = partial(tiny.stream, shift=0.7, alternating=True)
+learner = partial(tiny.learner, lr=0.1)
 
 
 class Watched(Run):
@@ -81,8 +64,10 @@ class Watched(Run):
             self.scored.append(flatten(self.learner.net))
 
 
-def watched(trainer: Callable, strategy: Strategy, head: Callable = Head) -> Watched:
-    run = Watched(stream(), learner(strategy, head), trainer(), Training(batch_size=8, epochs=2))
+def watched(trainer: Callable, strategy: Strategy, head: Callable | None = None) -> Watched:
+    run = Watched(
+        stream(), learner(strategy, head=head and partial(head, outputs=6)), trainer(), Training(batch_size=8, epochs=2)
+    )
     run.go()
     return run
 
@@ -102,6 +87,9 @@ def states(count: int = 3) -> list[dict[str, Any]]:
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+CASES = {"time_vectors": Case(off={"merge": "none"})}
 
 
 def test_base_plus_difference_is_the_state_to_the_bit() -> None:
