@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from clplat import checks
 from clplat.composition import Composite
 from clplat.config.refusing import ConfigError, refusing
 from clplat.learners.learner import Learner
@@ -81,7 +79,7 @@ class Parts:
 def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
     """The learner that `cfg.learner`, `.objective`, `.optimizer`, `.schedule` and `.strategy` describe, for a stream."""
     options = dict(cfg.learner)
-    make_net, make_head = instantiate(options.pop("net")), _head(options.pop("head"), stream)
+    make_net, make_head = instantiate(options.pop("net")), heads.head_for(stream, options.pop("head"))
     objective = instantiate(cfg.objective)
     if isinstance(objective, partial):
         with refusing(cfg, "objective"):
@@ -102,29 +100,6 @@ def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
         schedule=instantiate(cfg.schedule),
         **options,
     )
-
-
-def _head(kind: str, stream: Stream) -> Callable[[int], heads.Head]:
-    """Maker of a head from the number of features."""
-    if kind == "auto":
-        kind = "task" if stream.scenario == "task_incremental" else "shared"
-    tasks = [e.classes or tuple(range(stream.outputs)) for e in stream if e.task_label is not None]
-    if kind == "task" and not tasks:
-        raise ConfigError(
-            f"learner.head=task needs a task-incremental stream, {stream.name!r} is {stream.scenario}: "
-            "use learner.head=shared, or growing."
-        )
-    if kind == "growing" and stream.target != "class":
-        raise ConfigError(
-            f"learner.head=growing needs one class a sequence, {stream.name!r} has {stream.target!r} targets."
-        )
-    makers = {
-        "shared": partial(heads.Head, outputs=stream.outputs),
-        "growing": partial(heads.GrowingHead, outputs=stream.outputs),
-        "task": partial(heads.TaskHead, outputs=stream.outputs, tasks=tasks),
-    }
-    checks.one_of("head", kind, ("auto", *makers))
-    return makers[kind]
 
 
 def _trainer(cfg: DictConfig, tracker: Tracker, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,17 @@ from pytorch_lightning.utilities import rank_zero_only  # noqa: E402
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Logger", "forward_context", "one_fit", "pl", "quiet_trainer", "rank_zero_only", "root_device", "tell_steps"]
+__all__ = [
+    "Logger",
+    "forward_context",
+    "one_fit",
+    "pl",
+    "quiet_trainer",
+    "rank_zero_only",
+    "root_device",
+    "silenced",
+    "tell_steps",
+]
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:
@@ -31,6 +43,20 @@ def quiet_trainer(**options: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(**plain | options)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep Lightning's banners and hints back; they are about loops that it runs itself."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["threads=0"], "threads: got 0"),
         (["training.steps=5"], "give either epochs or steps"),
         (["seed=one"], "seed: got 'one', expected a whole number"),
-        (["learner.head=task"], "learner.head=task needs a task-incremental stream"),
+        (["learner.head=task"], "learner.head: got 'task', which needs a task-incremental stream"),
         (["learner.head=many"], "learner.head: got 'many', allowed are 'auto'"),
         (["learner.clip_norm=-1"], "clplat: learner.clip_norm: got -1"),
         (["learner.net.layers=0"], "clplat: learner.net.layers: got 0, it must be at least 1."),

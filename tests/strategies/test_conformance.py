@@ -33,11 +33,12 @@ from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
 from clplat.lightning import quiet_trainer
 from clplat.rehearsal.buffer import Buffer
-from clplat.run import Run, Silent
+from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategy import Strategy
 from clplat.streams.data import Examples, TensorData
 from clplat.streams.experience import Batch, Experience, Stream
+from clplat.tracking.base import NoTracker
 
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 TRAINING = Training(batch_size=16, epochs=1, chunk=3, log_every_n_steps=2)
@@ -130,7 +131,7 @@ def different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [k for k in a if torch.is_tensor(a[k]) and not torch.equal(a[k], b[k])]
 
 
-class Terms(Silent):
+class Terms(NoTracker):
     """Keeps the names of what is logged in training."""
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ def experience(index: int, classes: tuple[int, ...], counts: tuple[int, ...]) ->
 
 
 PARTS = (experience(0, (0, 2), (9, 16)), experience(1, (1,), (20,)), experience(2, (0, 3), (4, 10)))
-STREAM = Stream("tiny", PARTS, "class_incremental", "class", C, features=4, steps=3)
+STREAM = Stream("tiny", PARTS, "class_incremental", "class", C, features=4, length=3)
 
 
 def learner(strategy: Strategy | None, head: object = None, **options: str) -> Learner:

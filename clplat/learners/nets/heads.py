@@ -6,11 +6,15 @@ seen yet) gets the lowest finite value, so that its probability is 0 and its gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clplat.streams.experience import Experience
+from clplat import checks
+from clplat.streams.experience import Experience, Stream
 
 
 class Head(nn.Module):
@@ -99,3 +103,35 @@ class TaskHead(Head):
         if features.ndim == 3:
             column = column[:, None].expand(-1, features.shape[1], -1)
         return logits.gather(-1, column)
+
+
+def head_for(stream: Stream, kind: str = "auto") -> Callable[[int], Head]:
+    """Maker of a stream's head from the width of the features.
+
+    Args:
+        stream: what is learned.
+        kind: "shared", "growing", "task", or "auto": "task" in task-incremental streams, else "shared".
+
+    Raises:
+        ValueError: a head that the stream cannot have.
+    """
+    if kind == "auto":
+        kind = "task" if stream.scenario == "task_incremental" else "shared"
+    tasks = [e.classes or tuple(range(stream.outputs)) for e in stream if e.task_label is not None]
+    if kind == "task" and not tasks:
+        raise ValueError(
+            f"head: got 'task', which needs a task-incremental stream, and {stream.name!r} is {stream.scenario}: use "
+            "shared, or growing."
+        )
+    if kind == "growing" and stream.target != "class":
+        raise ValueError(
+            f"head: got 'growing', which needs one class a sequence, and {stream.name!r} has {stream.target!r} targets: "
+            "use shared."
+        )
+    makers = {
+        "shared": partial(Head, outputs=stream.outputs),
+        "growing": partial(GrowingHead, outputs=stream.outputs),
+        "task": partial(TaskHead, outputs=stream.outputs, tasks=tasks),
+    }
+    checks.one_of("head", kind, ("auto", *makers))
+    return makers[kind]
