@@ -14,7 +14,6 @@ from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
-from clplat.learners.nets.net import Inputs
 from clplat.learners.objectives import Classification
 from clplat.run import Run
 from clplat.settings import Evaluation, Training
@@ -25,12 +24,12 @@ from clplat.streams.split import split
 
 @pytest.fixture(scope="module")
 def stream() -> Stream:
-    return split(digits(), experiences=2, as_="pixels", valid_fraction=0.2)
+    return split(digits(), experiences=2, layout="pixels", valid_fraction=0.2)
 
 
 def learner(stream: Stream) -> Learner:
     torch.manual_seed(1)
-    net = mlp(Inputs(stream.features, steps=0), partial(Head, outputs=stream.outputs), hidden=[16])
+    net = mlp(stream.inputs, partial(Head, outputs=stream.outputs), hidden=[16])
     return Learner(net, Classification(), optimizer=partial(torch.optim.Adam, lr=1e-2))
 
 
@@ -65,7 +64,7 @@ def test_validation_scores_are_those_of_the_validation_sets_and_differ_from_test
 
 
 def test_a_stream_that_holds_nothing_out_is_refused_before_training(trainer):
-    plain = split(digits(), experiences=2, as_="pixels")
+    plain = split(digits(), experiences=2, layout="pixels")
     with pytest.raises(StreamError, match=r"evaluation\.on=valid: experience 0 .* \(stream\.valid_fraction=0\.1"):
         Run(plain, learner(plain), trainer(), Training(steps=1), Evaluation(on="valid"))
 

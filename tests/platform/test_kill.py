@@ -27,7 +27,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def metrics_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Every value of the folder's only MLflow run, by key, in the order of steps; times are not compared."""
-    from clplat.tracking.tracker import open_store
+    from clplat.tracking.store import open_store
 
     client = open_store(f"sqlite:///{folder / 'mlruns.db'}")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])

@@ -25,8 +25,8 @@ from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
-from clplat.metrics import ScoreTable
 from clplat.run import Run
+from clplat.scores import Results
 from clplat.settings import Evaluation, Training
 from clplat.strategies.agem import AGEM
 from clplat.strategies.center_loss import CenterLoss
@@ -106,7 +106,7 @@ class Watch(Strategy):
         self.lengths.append(batch.x.shape[1])
 
 
-def watched(run: Run, watch: Watch) -> ScoreTable:
+def watched(run: Run, watch: Watch) -> Results:
     """Run to the end, where `watch` sees what is carried."""
     watch.carry = run.carry
     return run.go()
