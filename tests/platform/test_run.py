@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clplat import checkpoint
+from clplat.composition import Composite
 from clplat.evaluate import evaluate
-from clplat.learners.learner import Learner, NonFiniteLoss
+from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.net import Net
@@ -22,10 +23,11 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification, objective_for
 from clplat.run import Run
 from clplat.settings import Evaluation, Training
+from clplat.stepper import NonFiniteLoss
 from clplat.strategies.ewc import EWC
 from clplat.strategies.joint import Joint
 from clplat.strategies.replay import Replay
-from clplat.strategy import Composite, Strategy
+from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream, StreamError
 from clplat.streams.loader import stable_seed
