@@ -283,13 +283,15 @@ class Terms(Strategy):
         return {"more": output.logits.sum() * 0 + 1.0}
 
     def after_step(self, learner: Learner, batch: Batch, output: Any) -> None:
-        self.seen.append({k: float(v) for k, v in learner._terms[-1].items()})
+        self.seen.append({k: float(v) for k, v in self.latest().items()})
 
 
 def test_penalties_are_minimised_and_logged(trainer: Callable[..., pl.Trainer]) -> None:
     stream, strategy = stream_of(1), Terms()
     learner = learner_of(stream, strategy)
-    Run(stream, learner, trainer(), Training(batch_size=16, epochs=1)).go()
+    run = Run(stream, learner, trainer(), Training(batch_size=16, epochs=1))
+    strategy.latest = lambda: run.stepper._terms[-1]
+    run.go()
     assert len(strategy.seen) == 4
     for terms in strategy.seen:
         assert set(terms) == {"objective", "activation", "temporal_activation", "more", "loss"}
@@ -471,7 +473,6 @@ def test_a_learner_is_scored_with_the_mean_and_leaves_it_behind(trainer: Callabl
 
 def test_the_held_out_set_decides_in_a_run(trainer: Callable[..., pl.Trainer]) -> None:
     stream = stream_of(1, held_out=True)
-    learner = learner_of(stream, None, partial(NTASGD, lr=0.5, n=50, every=4))
     checks = []
 
     class Watch(Strategy):
@@ -485,7 +486,7 @@ def test_the_held_out_set_decides_in_a_run(trainer: Callable[..., pl.Trainer]) -
                     loss = learner.objective(learner(whole).logits, whole)
                 checks.append((learner.optimizer.param_groups[0]["checks"][-1], float(loss)))
 
-    learner.strategy = Watch()
+    learner = learner_of(stream, Watch(), partial(NTASGD, lr=0.5, n=50, every=4))
     Run(stream, learner, trainer(), Training(batch_size=16, epochs=2)).go()
     assert len(checks) == 2
     for mine, expected in checks:
