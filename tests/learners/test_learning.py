@@ -56,6 +56,8 @@ def test_it_learns_selective_copy(learner: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("learner", [name for name, reached in LEARNS.items() if reached.digits is not None])
 def test_it_learns_the_digits_as_it_is_shipped(learner: str, tmp_path: Path) -> None:
     """For those that copy with other settings only."""
+    digits = LEARNS[learner].digits
+    assert digits is not None
     found = accuracy(
         tmp_path,
         *small(learner),
@@ -64,7 +66,7 @@ def test_it_learns_the_digits_as_it_is_shipped(learner: str, tmp_path: Path) -> 
         "training.steps=300",
         "training.batch_size=32",
     )
-    assert found > LEARNS[learner].digits
+    assert found > digits
 
 
 REGULAR = ["stream=regular", "stream.train_size=100000", "training.batch_size=128", "training.steps=1200"]

@@ -275,6 +275,8 @@ def learner_of(stream: Stream, strategy: Strategy | None = None, optimizer: Any 
 class Terms(Strategy):
     """Keeps the terms of every step, and what the loss was made of."""
 
+    latest: Callable[[], dict[str, Tensor]]
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[dict[str, float]] = []
