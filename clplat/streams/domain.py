@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.streams.experience import Stream, StreamError
 from clplat.streams.labelled import Labelled, Layout, hold_out, make_experience, make_stream, scenario_of
 from clplat.streams.loader import stable_seed
@@ -47,8 +48,7 @@ def domain(
         source = replace(source, train_domain=train_domain, test_domain=test_domain)  # checks their lengths
     if source.train_domain is None or source.test_domain is None:
         raise StreamError(f"{source.name} has no column of domains: give train_domain and test_domain.")
-    if domain_order not in ("natural", "random"):
-        raise StreamError(f"domain_order: got {domain_order!r}, allowed are natural and random.")
+    checks.one_of("domain_order", domain_order, ("natural", "random"))
     found = source.train_domain.unique()
     if found.tolist() != source.test_domain.unique().tolist():
         raise StreamError(

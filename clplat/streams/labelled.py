@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.streams.data import TensorData, Transform
 from clplat.streams.experience import Experience, Scenario, Stream, StreamError
 from clplat.streams.loader import stable_seed
@@ -88,47 +89,42 @@ def lay_out(x: Tensor, layout: Layout) -> Tensor:
             "steps" gives [N, H * W, 1] ([N, H * W, channels]), one pixel a time step.
 
     Raises:
-        StreamError: an unknown layout, or rows of vectors, which have none.
+        StreamError: inputs of another shape, or rows of vectors, which have none.
     """
-    if layout not in get_args(Layout):
-        raise StreamError(f"layout: got {layout!r}, allowed are {', '.join(get_args(Layout))}.")
+    checks.one_of("layout", layout, get_args(Layout))
     if x.ndim not in (2, 3, 4):
-        raise StreamError(
-            f"layout={layout}: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}."
-        )
+        raise StreamError(f"layout: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}.")
     if layout == "pixels":
         return x.flatten(1)
     if layout == "steps":
         return x.flatten(2).transpose(1, 2).contiguous() if x.ndim == 4 else x.flatten(1).unsqueeze(-1)
     if x.ndim == 2:
-        raise StreamError(f"layout=rows: vectors {list(x.shape)} have no rows; use layout=pixels or layout=steps.")
+        raise ValueError(
+            f"layout: got 'rows', and vectors {list(x.shape)} have none; use layout=pixels or layout=steps."
+        )
     return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
 
 
-def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
+def hold_out(labels: Tensor, valid_fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
     """Rows to keep and rows to hold out, at random but with every label's share kept.
 
     Args:
         labels: [N] what to balance over.
-        fraction: of each label's examples, rounded, 0..1 (0 holds nothing out).
+        valid_fraction: of each label's examples, rounded, 0..1 (0 holds nothing out).
         seed: of the choice.
 
     Returns:
         The kept rows and the held-out rows, ascending; None for the latter when the fraction is 0.
-
-    Raises:
-        StreamError: the fraction is not in [0, 1).
     """
-    if not 0 <= fraction < 1:
-        raise StreamError(f"The held-out fraction must be at least 0 and below 1, got {fraction}.")
-    if fraction == 0:
+    checks.within(0, 1, below=True, valid_fraction=valid_fraction)
+    if valid_fraction == 0:
         return torch.arange(len(labels)), None
     generator = torch.Generator().manual_seed(stable_seed(seed, "hold out"))
     held = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero().squeeze(1)
         order = torch.randperm(len(rows), generator=generator)
-        held[rows[order[: round(fraction * len(rows))]]] = True
+        held[rows[order[: round(valid_fraction * len(rows))]]] = True
     return (~held).nonzero().squeeze(1), held.nonzero().squeeze(1)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clplat.streams.batch import StreamError
+from clplat import checks
 from clplat.streams.loader import stable_seed
 
 
@@ -68,15 +68,10 @@ def markov_source(letters: int, regimes: int, sharpness: float, seed: int) -> Ma
         regimes: R, 1..V.
         sharpness: 0 makes all letters alike; the larger, the fewer bits.
         seed: of the transitions.
-
-    Raises:
-        StreamError: a number that is not allowed.
     """
-    if letters < 2 or not 1 <= regimes <= letters or not sharpness >= 0:
-        raise StreamError(
-            f"markov text: letters must be at least 2, regimes lie in 1..letters and sharpness be at least 0, got "
-            f"{letters}, {regimes} and {sharpness}."
-        )
+    checks.at_least(2, letters=letters)
+    checks.within(1, letters, "letters", regimes=regimes)
+    checks.at_least(0, sharpness=sharpness)
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randn(regimes, letters, letters, generator=generator, dtype=torch.float64)
     return MarkovSource((sharpness * numbers).softmax(-1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from clplat.streams.batch import StreamError
+from clplat import checks
 from clplat.streams.experience import Experience, Stream
 from clplat.streams.loader import stable_seed
 from clplat.streams.markov import markov_seed, markov_source
@@ -51,15 +51,10 @@ def markov_text(
         task_incremental: tell the learner which source a text is from.
         order_seed: of the sources.
         data_seed: of the documents.
-
-    Raises:
-        StreamError: sizes below 1, or numbers that `markov_source` refuses.
     """
-    if min(experiences, document, train_size, test_size) < 1 or valid_size < 0:
-        raise StreamError(
-            "markov text: experiences, document, train_size and test_size must be at least 1 and valid_size at least "
-            f"0, got {experiences}, {document}, {train_size}, {test_size} and {valid_size}."
-        )
+    checks.at_least(1, experiences=experiences, document=document, train_size=train_size, test_size=test_size)
+    checks.at_least(1, bptt=bptt, rows=rows, test_rows=test_rows)
+    checks.at_least(0, valid_size=valid_size)
     parts = []
     for index in range(experiences):
         source = markov_source(letters, regimes, sharpness, markov_seed(order_seed, index))

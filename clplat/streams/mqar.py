@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import UNSCORED, Batch, Experience, Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.labelled import scenario_of
 from clplat.streams.synthetic import Draws, generated_sets, relabelling
 
@@ -99,16 +100,14 @@ def mqar(
         data_seed: of the sequences.
 
     Raises:
-        StreamError: sizes that do not fit each other.
+        ValueError: a vocabulary or a length that does not fit the pairs.
     """
-    if experiences < 1 or pairs < 1 or power <= 0:
-        raise StreamError(
-            f"mqar: experiences and pairs must be at least 1 and power above 0, got {experiences}, {pairs}, {power}."
-        )
+    checks.at_least(1, experiences=experiences, pairs=pairs)
+    checks.above(0, power=power)
     if vocabulary % 2 or pairs >= vocabulary // 2:
-        raise StreamError(f"mqar: vocabulary must be even and above {2 * pairs} for {pairs} pairs, got {vocabulary}.")
+        raise ValueError(f"vocabulary: got {vocabulary}, it must be even and above {2 * pairs} for {pairs} pairs.")
     if length % 2 or length < 4 * pairs:
-        raise StreamError(f"mqar: length must be even and at least 4 * pairs = {4 * pairs}, got {length}.")
+        raise ValueError(f"length: got {length}, it must be even and at least 4 * pairs = {4 * pairs}.")
     parts = []
     for index in range(experiences):
         names = relabelling(vocabulary, index, order_seed, "mqar", first_identity)

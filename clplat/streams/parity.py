@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clplat.streams.experience import Batch, Experience, Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.labelled import scenario_of
 from clplat.streams.synthetic import Draws, generated_sets
 
@@ -63,15 +64,9 @@ def parity(
         valid_size: sequences to validate on; 0 for no such set.
         test_size: sequences to test on.
         data_seed: of the sequences.
-
-    Raises:
-        StreamError: `first` or `experiences` below 1, or `step` below 0.
     """
-    if first < 1 or experiences < 1 or step < 0:
-        raise StreamError(
-            "parity: first and experiences must be at least 1 and step at least 0, "
-            f"got first={first}, experiences={experiences}, step={step}."
-        )
+    checks.at_least(1, first=first, experiences=experiences)
+    checks.at_least(0, step=step)
     parts = []
     for index in range(experiences):
         n = first + index * step

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import Stream
 from clplat.streams.labelled import Labelled, Layout, hold_out, make_experience, make_stream, scenario_of
 from clplat.streams.loader import stable_seed
 
@@ -57,10 +58,10 @@ def permuted(
         data_seed: of that choice.
 
     Raises:
-        StreamError: fewer than one experience, an unknown `permute`, or steps or rows of inputs that have none.
+        ValueError: steps or rows of inputs that have none.
     """
-    if experiences < 1:
-        raise StreamError(f"experiences must be at least 1, got {experiences}.")
+    checks.at_least(1, experiences=experiences)
+    checks.one_of("permute", permute, ("pixels", "rows", "steps"))
     laid = source.laid_out(layout)
     values = laid.train_x[0].numel()
     blocks = _blocks(source, laid, permute)
@@ -83,9 +84,9 @@ def _blocks(source: Labelled, laid: Labelled, permute: str) -> int:
     """How many pieces, equal in size and each in one run, change places."""
     if permute == "pixels":
         return laid.train_x[0].numel()
-    if permute not in ("rows", "steps"):
-        raise StreamError(f"permute: got {permute!r}, allowed are pixels, rows and steps.")
     x = source.train_x if permute == "rows" else laid.train_x
     if x.ndim == 2:
-        raise StreamError(f"permute={permute}: inputs [N, {x.shape[1]}] have none; use permute=pixels, or layout=rows.")
+        raise ValueError(
+            f"permute: got {permute!r}, and inputs [N, {x.shape[1]}] have none; use permute=pixels, or layout=rows."
+        )
     return x.shape[1]

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import Batch, Experience, Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.labelled import scenario_of
 from clplat.streams.synthetic import Draws, generated_sets, relabelling
 
@@ -79,19 +80,12 @@ def permuted_copy(
         valid_size: examples to validate on; 0 for no such set.
         test_size: examples to test on.
         data_seed: of the patterns.
-
-    Raises:
-        StreamError: sizes below 1, fewer input steps than pattern steps, or an unknown `permute`.
     """
     input_steps = pattern_steps if input_steps is None else input_steps
-    if min(experiences, pattern_steps, width) < 1 or input_steps < pattern_steps:
-        raise StreamError(
-            "permuted_copy: experiences, pattern_steps and width must be at least 1 and input_steps at least "
-            f"pattern_steps, got {experiences}, {pattern_steps}, {width} and {input_steps}."
-        )
+    checks.at_least(1, experiences=experiences, pattern_steps=pattern_steps, width=width)
+    checks.at_least(pattern_steps, "pattern_steps", input_steps=input_steps)
     pieces = {"steps": pattern_steps, "channels": width, "bits": pattern_steps * width}
-    if permute not in pieces:
-        raise StreamError(f"permute: got {permute!r}, allowed are {', '.join(pieces)}.")
+    checks.one_of("permute", permute, tuple(pieces))
     places = torch.arange(pattern_steps * width).view(pattern_steps, width)
     parts = []
     for index in range(experiences):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import Batch, Experience, Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.labelled import scenario_of
 from clplat.streams.synthetic import Draws, generated_sets
 
@@ -82,15 +83,14 @@ def regular(
         data_seed: of the strings.
 
     Raises:
-        StreamError: an unknown language, no experience, or lengths that are no range from 1 up.
+        ValueError: no experience, or lengths that are no range from 1 up.
     """
-    if language not in LANGUAGES:
-        raise StreamError(f"regular.language: got {language!r}, allowed are {', '.join(LANGUAGES)}.")
+    checks.one_of("language", language, tuple(LANGUAGES))
     if not lengths:
-        raise StreamError("regular.lengths: got none; give one pair [least, greatest] for each experience.")
+        raise ValueError("lengths: got none; give one pair [least, greatest] for each experience.")
     for pair in [*lengths, *([] if test_lengths is None else [test_lengths])]:
         if len(pair) != 2 or not 1 <= pair[0] <= pair[1]:
-            raise StreamError(f"regular: got lengths {list(pair)}; give [least, greatest] with 1 <= least <= greatest.")
+            raise ValueError(f"lengths: got {list(pair)}; give [least, greatest] with 1 <= least <= greatest.")
     classes = LANGUAGES[language][1]
     parts = []
     for index, pair in enumerate(lengths):

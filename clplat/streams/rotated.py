@@ -76,10 +76,11 @@ def rotated(
         data_seed: of that choice.
 
     Raises:
-        StreamError: no angle, or a source without images.
+        ValueError: no angle.
+        StreamError: a source without images.
     """
     if len(angles) == 0:
-        raise StreamError("angles is empty: give one angle in degrees for each experience.")
+        raise ValueError("angles: got none; give one angle in degrees for each experience.")
     if source.train_x.ndim != 3:
         raise StreamError(f"Only images [N, H, W] can be rotated, {source.name} has {list(source.train_x.shape)}.")
     height, width = source.train_x.shape[1:]

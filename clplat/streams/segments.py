@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.streams.batch import UNSCORED, Batch, StreamError
 from clplat.streams.data import Examples
 from clplat.streams.experience import Chunks, Stream
@@ -59,8 +60,7 @@ class SegmentData(Examples):
                 f"Segments need a target and a bool mark for each of {len(x)} steps, got {len(y)} targets and marks "
                 f"{start.dtype} {list(start.shape)}."
             )
-        if rows < 1 or steps < 1:
-            raise StreamError(f"Segments: got rows={rows} and {steps} steps a segment, both must be at least 1.")
+        checks.at_least(1, rows=rows, steps=steps)
         if len(x) < rows:
             raise StreamError(
                 f"Segments: {len(x)} steps cannot be laid out in {rows} rows, each needs at least one: "

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import UNSCORED, Batch, Experience, Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.labelled import scenario_of
 from clplat.streams.synthetic import Draws, generated_sets, relabelling
 
@@ -80,17 +81,11 @@ def selective_copy(
         valid_size: sequences to validate on; 0 for no such set.
         test_size: sequences to test on.
         data_seed: of the sequences.
-
-    Raises:
-        StreamError: sizes that are too small, or an unknown `relabel`.
     """
-    if min(experiences, tokens) < 1 or vocabulary < 3 or blanks < 0:
-        raise StreamError(
-            "selective_copy: experiences and tokens must be at least 1, vocabulary at least 3 and blanks at least 0, "
-            f"got {experiences}, {tokens}, {vocabulary} and {blanks}."
-        )
-    if relabel not in ("all", "inputs"):
-        raise StreamError(f"relabel: got {relabel!r}, allowed are all and inputs.")
+    checks.at_least(1, experiences=experiences, tokens=tokens)
+    checks.at_least(3, "blank, marker and content", vocabulary=vocabulary)
+    checks.at_least(0, blanks=blanks)
+    checks.one_of("relabel", relabel, ("all", "inputs"))
     natural = torch.arange(vocabulary)
     parts = []
     for index in range(experiences):

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from clplat import checks
 from clplat._torchvision import ensure_importable
 from clplat.streams.experience import StreamError
 from clplat.streams.labelled import Labelled, hold_out
@@ -25,18 +26,16 @@ def digits(test_fraction: float = 0.2, data_seed: int = 0) -> Labelled:
     Args:
         test_fraction: share of every class that is the test set, in (0, 1).
         data_seed: of the choice of test examples.
-
-    Raises:
-        StreamError: a test fraction outside (0, 1).
     """
     from sklearn.datasets import load_digits
 
+    checks.above(0, "without test examples nothing can be measured", test_fraction=test_fraction)
+    checks.within(0, 1, below=True, test_fraction=test_fraction)
     data = load_digits()
     x = torch.from_numpy(data.images).float() / 16  # type: ignore[attr-defined]  # a Bunch declares no fields
     y = torch.from_numpy(data.target).long()  # type: ignore[attr-defined]
     train, test = hold_out(y, test_fraction, data_seed)
-    if test is None:
-        raise StreamError("test_fraction must be above 0: without test examples nothing can be measured.")
+    assert test is not None
     return Labelled("digits", x[train], y[train], x[test], y[test], classes=10)
 
 
@@ -98,6 +97,7 @@ def _find(raw: Path, stem: str) -> Path | None:
 
 def _read_idx(raw: Path, stem: str) -> Tensor:
     """The unsigned bytes of an IDX file, in the shape that its header states."""
+    # torchvision's reader wants the files unpacked: 55 MB beside the gz, in a folder that may be read-only or shared.
     path = _find(raw, stem)
     assert path is not None
     try:

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from clplat.streams.experience import Stream, StreamError
+from clplat import checks
+from clplat.streams.experience import Stream
 from clplat.streams.labelled import Labelled, Layout, hold_out, make_experience, make_stream, scenario_of
 from clplat.streams.loader import stable_seed
 
@@ -42,7 +43,7 @@ def split(
         data_seed: of that choice.
 
     Raises:
-        StreamError: classes that cannot be dealt out as asked, an order that is not one of all classes, or labels
+        ValueError: classes that cannot be dealt out as asked, an order that is not one of all classes, or labels
             from zero where experiences have different numbers of classes.
     """
     order = _order(source.classes, class_order, order_seed)
@@ -70,8 +71,8 @@ def split(
 def _from_zero(source: Labelled, order: Sequence[int], sizes: Sequence[int]) -> Labelled:
     """The data set with each class labelled by its place in its experience."""
     if len(set(sizes)) > 1:
-        raise StreamError(
-            f"labels_from_zero=true needs as many classes in every experience, got {list(sizes)}: "
+        raise ValueError(
+            f"labels_from_zero: got true, and experiences of {list(sizes)} classes; it needs as many in every one: "
             "use experiences=K, or one number in classes_per_experience."
         )
     place = torch.empty(source.classes, dtype=torch.int64)
@@ -86,7 +87,7 @@ def _order(classes: int, order: str | Sequence[int], seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(stable_seed(seed, "class order"))
         return torch.randperm(classes, generator=generator).tolist()
     if isinstance(order, str) or sorted(order) != list(range(classes)):
-        raise StreamError(
+        raise ValueError(
             f"class_order: got {order if isinstance(order, str) else list(order)}, allowed are natural, random or "
             f"each class of 0..{classes - 1} once."
         )
@@ -94,20 +95,18 @@ def _order(classes: int, order: str | Sequence[int], seed: int) -> list[int]:
 
 
 def _sizes(classes: int, experiences: int | None, each: int | Sequence[int] | None) -> list[int]:
-    if (experiences is None) == (each is None):
-        raise StreamError(
-            f"Give either experiences or classes_per_experience, got experiences={experiences} and "
-            f"classes_per_experience={each}."
-        )
+    checks.exactly_one(experiences=experiences, classes_per_experience=each)
     if experiences is not None:
         if experiences < 1 or classes % experiences:
-            raise StreamError(
-                f"{classes} classes cannot be dealt out evenly to experiences={experiences}: use a divisor of "
-                f"{classes}, or a list in classes_per_experience."
+            raise ValueError(
+                f"experiences: got {experiences}, among which {classes} classes cannot be dealt out evenly: use a "
+                f"divisor of {classes}, or a list in classes_per_experience."
             )
         return [classes // experiences] * experiences
     sizes = [each] * (classes // max(each, 1)) if isinstance(each, int) else list(each or ())
     if sum(sizes) != classes or min(sizes, default=0) < 1:
         wanted = each if isinstance(each, int) else sizes
-        raise StreamError(f"classes_per_experience={wanted} must be at least 1 each and give {classes} in total.")
+        raise ValueError(
+            f"classes_per_experience: got {wanted}, it must be at least 1 each and give {classes} in total."
+        )
     return sizes

@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.streams.data import Examples
-from clplat.streams.experience import Batch, StreamError
+from clplat.streams.experience import Batch
 from clplat.streams.loader import stable_seed
 
 _CHUNK = 4096
@@ -93,14 +94,10 @@ class GeneratedData(Examples):
         size: N.
         key: seed of the set (see `set_key`): the same key gives the same examples.
         task: the task label of every example, None where the learner is not told.
-
-    Raises:
-        StreamError: the size is below 1.
     """
 
     def __init__(self, generate: Generate, size: int, key: int, task: int | None = None) -> None:
-        if size < 1:
-            raise StreamError(f"A generated set needs at least one example, got size {size}.")
+        checks.at_least(1, size=size)
         self.generate, self.size, self.key, self.task = generate, size, key, task
         self._targets: Tensor | None = None
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clplat import checks
 from clplat.streams.experience import Experience, Stream, StreamError
 from clplat.streams.labelled import scenario_of
 from clplat.streams.markov import markov_seed, markov_source
@@ -48,15 +49,16 @@ def text(
         unit: see `text_of`, as are all others.
 
     Raises:
-        StreamError: files that are no mapping of names to paths; one that cannot be read; otherwise as `text_of`.
+        ValueError: files that are no mapping of names to paths.
+        StreamError: one that cannot be read, or with too little text.
     """
     if separator == "":
-        raise StreamError("text.separator: got an empty one: give the characters between documents, or null for none.")
+        raise ValueError("separator: got an empty one: give the characters between documents, or null for none.")
     domains: Mapping[str, Sequence[str]] = toy_text()
     if files is not None:
         if not isinstance(files, Mapping) or not all(map(_paths, files.values())):
-            raise StreamError(
-                f"stream.files: got {files}, it must map each name to a path or a list of paths: set "
+            raise ValueError(
+                f"files: got {files}, it must map each name to a path or a list of paths: set "
                 "stream.files={name: path, ...}."
             )
         domains = {name: _documents([f] if isinstance(f, str) else f, separator) for name, f in files.items()}
@@ -93,17 +95,16 @@ def text_of(
         name: of the stream.
 
     Raises:
-        StreamError: no domain; fractions or an unknown unit that are not allowed; a domain with too little text.
+        ValueError: no domain.
+        StreamError: one with too little text.
     """
     if not domains:
-        raise StreamError("text: got no domain, it needs at least one: set stream.files={name: path, ...}.")
-    if unit not in ("characters", "bytes"):
-        raise StreamError(f"text.unit: got {unit!r}, allowed are 'characters' and 'bytes'.")
-    if valid_fraction < 0 or test_fraction <= 0 or valid_fraction + test_fraction >= 1:
-        raise StreamError(
-            f"text: valid_fraction must be at least 0, test_fraction above 0 and both below 1 in sum, got "
-            f"{valid_fraction} and {test_fraction}."
-        )
+        raise ValueError("files: got none, a text needs at least one domain: set stream.files={name: path, ...}.")
+    checks.at_least(1, bptt=bptt, rows=rows, test_rows=test_rows)
+    checks.one_of("unit", unit, ("characters", "bytes"))
+    checks.at_least(0, valid_fraction=valid_fraction)
+    checks.above(0, test_fraction=test_fraction)
+    checks.within(0, 1 - test_fraction, "1 - test_fraction", below=True, valid_fraction=valid_fraction)
     encoded = {n: [_codes(d, unit) for d in documents if d] for n, documents in domains.items()}
     vocabulary = torch.arange(256)
     if unit == "characters":
@@ -148,7 +149,7 @@ def _documents(files: Sequence[str], separator: str | None) -> list[str]:
             content = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise StreamError(f"text.files: cannot read {file} ({reason}): give paths of UTF-8 text files.") from error
+            raise StreamError(f"files: cannot read {file} ({reason}): give paths of UTF-8 text files.") from error
         documents += [content] if separator is None else content.split(separator)
     return documents
 

@@ -60,7 +60,7 @@ def test_digits_split_follows_its_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(first.test_x, digits(data_seed=3).test_x)
     assert not torch.equal(first.test_x, digits(data_seed=4).test_x)
-    with pytest.raises(StreamError, match="test_fraction must be above 0"):
+    with pytest.raises(ValueError, match=r"test_fraction: got 0\.0, it must be above 0"):
         digits(test_fraction=0.0)
 
 
@@ -68,7 +68,9 @@ def test_digits_split_follows_its_seed_alone():
 @pytest.mark.parametrize(("read", "folder"), [(mnist, "MNIST"), (fashion_mnist, "FashionMNIST")])
 def test_idx_files_are_read_plain_or_zipped(tmp_path, read, folder, zipped):
     train_x, train_y, test_x, test_y = write_mnist(tmp_path, folder, zipped)
+    before = set(tmp_path.rglob("*"))
     data = read(data_root=str(tmp_path))
+    assert set(tmp_path.rglob("*")) == before, "wrote into the data root"
     assert torch.equal((data.train_x * 255).round().byte(), torch.from_numpy(train_x))
     assert torch.equal((data.test_x * 255).round().byte(), torch.from_numpy(test_x))
     assert data.train_y.tolist() == train_y.tolist()
@@ -188,6 +190,7 @@ def package(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_torchvision_can_be_imported():
     assert (
         run("from clplat._torchvision import ensure_importable as e; e(); import torchvision; print('fine')") == "fine"
@@ -199,6 +202,7 @@ def test_schemas_are_declared_where_the_operators_cannot_load(package):
     assert run(CODE, package) == "False declared"
 
 
+@pytest.mark.slow
 def test_nothing_is_declared_where_the_operators_load(package):
     libm = find_library("m")
     folders = [Path(f) for f in ("/lib/x86_64-linux-gnu", "/lib64", "/usr/lib", "/lib/aarch64-linux-gnu")]
@@ -209,6 +213,7 @@ def test_nothing_is_declared_where_the_operators_load(package):
     assert run(CODE, package) == "False absent"
 
 
+@pytest.mark.slow
 def test_schemas_that_somebody_else_declared_are_left_alone(package):
     (package / "torchvision" / "_C.so").write_bytes(b"no library")
     before = """

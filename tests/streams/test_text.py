@@ -87,23 +87,28 @@ def test_files_and_separators(tmp_path: Path):
     ("call", "message"),
     [
         (lambda: text({"a": "nowhere.txt"}), r"cannot read nowhere.txt \(No such file"),
-        (lambda: text(separator=""), "text.separator: got an empty one"),
-        (lambda: text("x.txt"), "stream.files: got x.txt, it must map each name to a path"),  # type: ignore[arg-type]
-        (lambda: text(["a.txt", "b.txt"]), r"stream.files: got \['a.txt', 'b.txt'\]"),  # type: ignore[arg-type]
-        (lambda: text({"a": 3}), r"stream.files: got \{'a': 3\}"),  # type: ignore[dict-item]
+        (lambda: text(separator=""), "separator: got an empty one"),
+        (lambda: text("x.txt"), "files: got x.txt, it must map each name to a path"),  # type: ignore[arg-type]
+        (lambda: text(["a.txt", "b.txt"]), r"files: got \['a.txt', 'b.txt'\]"),  # type: ignore[arg-type]
+        (lambda: text({"a": 3}), r"files: got \{'a': 3\}"),  # type: ignore[dict-item]
         (lambda: text({"a": ["b.txt", 3]}), r"a path or a list of paths: set stream.files="),  # type: ignore[list-item]
-        (lambda: text_of({}), "got no domain"),
-        (lambda: text_of(DOMAINS, "words"), "text.unit: got 'words'"),  # type: ignore[arg-type]  # refused when it runs
-        (lambda: text_of(DOMAINS, test_fraction=0.0), "test_fraction above 0"),
-        (lambda: text_of(DOMAINS, test_fraction=0.5, valid_fraction=0.5), "below 1 in sum"),
+        (lambda: text_of({}), "files: got none"),
+        (lambda: text_of(DOMAINS, "words"), "unit: got 'words'"),  # type: ignore[arg-type]  # refused when it runs
+        (lambda: text_of(DOMAINS, test_fraction=0.0), "test_fraction: got 0.0, it must be above 0"),
+        (
+            lambda: text_of(DOMAINS, test_fraction=0.5, valid_fraction=0.5),
+            r"valid_fraction: got 0\.5, it must be at least 0 and below 0\.5",
+        ),
+        (lambda: text_of(DOMAINS, bptt=0), "bptt: got 0"),
+        (lambda: markov_text(test_rows=0), "test_rows: got 0"),
         (lambda: text_of(DOMAINS), r"experience 0 \(one\): .* cannot be laid out in 32 rows"),
         (lambda: text_of({"empty": [""]}), r"\(empty\): .* 0 steps"),
-        (lambda: markov_text(experiences=0), "experiences, document"),
-        (lambda: markov_text(regimes=9), r"regimes lie in 1\.\.letters"),
+        (lambda: markov_text(experiences=0), "experiences: got 0"),
+        (lambda: markov_text(regimes=9), r"regimes: got 9, it must lie in 1\.\.8"),
     ],
 )
 def test_text_refuses(call, message):
-    with pytest.raises(StreamError, match=message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
