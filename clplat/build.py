@@ -103,8 +103,11 @@ def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
 
 
 def _trainer(cfg: DictConfig, tracker: Tracker, callbacks: list[pl.Callback]) -> pl.Trainer:
-    gpus = (pl.accelerators.CUDAAccelerator, pl.accelerators.MPSAccelerator)
-    if cfg.trainer.get("accelerator") == "gpu" and not any(gpu.is_available() for gpu in gpus):
+    # Here, since Lightning cannot be imported before `clplat.lightning` is.
+    from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
+
+    no_gpu = not (CUDAAccelerator.is_available() or MPSAccelerator.is_available())
+    if cfg.trainer.get("accelerator") == "gpu" and no_gpu:
         raise ConfigError(
             "trainer.accelerator: got 'gpu', and no GPU is found here (`clplat doctor` says why): set trainer=cpu."
         )

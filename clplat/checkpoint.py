@@ -17,11 +17,11 @@ FORMAT = 2
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or a folder without one; the message says what to do."""
+    """Checkpoint that cannot be read, or folder without one; the message says what to do."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, tuples, dicts) so that `path` is always a whole checkpoint.
+    """Write `state` (tensors and plain values) so that `path` is always a whole checkpoint.
 
     Raises:
         OSError: no room, or no right to write; the old checkpoint is untouched and nothing else is left behind.
@@ -42,7 +42,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU.
+    """State that `save` wrote, on the CPU.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or one of another layout.
@@ -67,7 +67,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the global random generators of torch (CPU and CUDA), numpy and Python, as plain values."""
+    """State of the global random generators of torch (CPU and CUDA), numpy and Python, as plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),

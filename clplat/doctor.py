@@ -21,7 +21,7 @@ Finding = tuple[str, str, str]
 """What was looked at; "ok", "note" or "wrong"; what was found, and what to do."""
 
 PACKAGES = (
-    "torch", "pytorch-lightning", "hydra-core", "omegaconf", "mlflow", "avalanche-lib", "triton", "torchvision",
+    "torch", "pytorch-lightning", "hydra-core", "omegaconf", "pydantic", "mlflow", "avalanche-lib", "triton", "torchvision",
     "numpy", "scikit-learn", "numba",
 )  # fmt: skip
 _OPTIONAL = {
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def findings_of_all() -> Iterator[Finding]:
-    """Every finding, in the order of the table."""
+    """Findings in the order of the table."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions,
         _devices,

@@ -1,4 +1,4 @@
-"""The base of all errors that are the user's to mend: shown as one line, without a traceback."""
+"""Base of errors that are the user's to mend: shown as one line, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A progress bar over the whole run: one bar, all experiences."""
+"""Progress bar over all experiences of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clplat.stepper import Stepper
 
 
 class Progress(pl.Callback):
-    """Shows how far the run is; on a terminal only, so that logs stay readable.
+    """One bar for all experiences, on a terminal only: logs stay readable.
 
     Args:
         name: of the run, shown in front.
@@ -35,7 +35,6 @@ class Progress(pl.Callback):
         self.task: TaskID | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show which experience begins."""
         if self.task is None:
             self.task = self.bar.add_task(self.name, total=self.experiences)
         assert isinstance(pl_module, Stepper)
@@ -48,14 +47,11 @@ class Progress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on by a chunk."""
         assert self.task is not None
         self.bar.update(self.task, completed=self.done + (batch_idx + 1) / self.chunks)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the terminal to others until the next experience."""
         self.bar.stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal in order."""
         self.bar.stop()

@@ -122,5 +122,6 @@ def _place(value: Any, location: Iterable[int | str]) -> tuple[int | str, ...]:
 
 def _names(error: Any) -> list[str]:
     if error["type"] == "literal_error":
-        return error["ctx"]["expected"].replace("'", "").replace("None", "null").replace(" or ", ", ").split(", ")
-    return [_CALLED.get(error["type"], error["msg"])]
+        allowed: str = error["ctx"]["expected"]
+        return allowed.replace("'", "").replace("None", "null").replace(" or ", ", ").split(", ")
+    return [_CALLED.get(error["type"]) or str(error["msg"])]
