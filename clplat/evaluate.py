@@ -12,11 +12,6 @@ from clplat.learners.learner import Learner
 from clplat.streams.experience import Data, Experience, Stream, StreamError
 
 
-def evaluation(learner: Learner) -> AbstractContextManager[None]:
-    """Evaluation mode without gradients; each module's mode and the random state are afterwards what they were."""
-    return learner.evaluating()
-
-
 def evaluate(
     learner: Learner,
     experiences: Sequence[Experience],
@@ -42,7 +37,7 @@ def evaluate(
         on: "valid" for the sets that the stream holds out, instead of the test sets.
     """
     sums: list[Tensor] = []
-    with evaluation(learner), precision or nullcontext():
+    with learner.evaluating(), precision or nullcontext():
         for experience in experiences:
             sums.append(_score(learner, scored(experience, on), batch_size, examples, carries))
     totals = torch.stack(sums).tolist()  # the only wait for the device

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.importance.fisher import untouched
 from clplat.importance.recorder import Recorder, Use
 from clplat.learners.learner import Learner
+from clplat.learners.modes import evaluating
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
@@ -108,7 +108,7 @@ class GPM(Strategy):
         chosen = torch.randperm(len(experience.train), generator=generator)[: self.examples]
         inputs: dict[str, Tensor] = {}
         weights = dict(learner.net.named_parameters())  # those that are frozen for now included
-        with untouched(learner):
+        with evaluating(learner, grad=True):
             for batch in experience.train.batches(chosen.split(self.batch_size)):
                 batch = batch.to(learner.device)
                 with Recorder(weights, len(batch)) as recorder:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat import checks
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
@@ -101,7 +100,7 @@ class ICL(Strategy):
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         triangle = None
-        with evaluation(learner):
+        with learner.evaluating():
             for batch in experience.train.batches(torch.arange(len(experience.train)).split(self.batch_size)):
                 x, y = self._equations(learner, batch.to(learner.device))
                 if self.solution is None or self.rest is None:

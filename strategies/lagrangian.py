@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat import checks
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.policies import ClassBalanced
@@ -116,7 +115,7 @@ class Lagrangian(Strategy):
             label = group if batch.task is None else batch.task
             self.buffer.insert(replace(batch, task=group, extra={"label": label}))
         assert batch is not None
-        with evaluation(learner):
+        with learner.evaluating():
             reached, _ = _losses(learner, *self._drawn(len(self.buffer), batch), experience.index + 1)
         limit = reached[-1:] if self.threshold is None else torch.full_like(reached[-1:], self.threshold)
         old = [] if self.limits is None or self.multipliers is None else [self.limits, self.multipliers]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.importance.fisher import untouched
 from clplat.importance.penalty import Quadratic
 from clplat.importance.per_example import AbsoluteGradients
 from clplat.learners.learner import Learner
+from clplat.learners.modes import evaluating
 from clplat.learners.nets.net import Output
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
@@ -69,7 +69,7 @@ class MAS(Strategy):
             return [force if scored is None else force * scored[..., None]]
 
         sums = AbsoluteGradients(learner, learner.weights())
-        with untouched(learner):
+        with evaluating(learner, grad=True):
             for batch in experience.train.batches(chosen.split(self.batch_size)):
                 sums.add(batch.to(learner.device), cotangents)
         self.past.renew({n: t.div_(len(chosen)) for n, t in sums.total.items()}, learner.weights(), self.decay)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from clplat import checks
-from clplat.importance.fisher import untouched
 from clplat.learners.learner import Learner
+from clplat.learners.modes import evaluating
 from clplat.learners.nets.net import Output
 from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience, Stream
@@ -94,7 +94,7 @@ class OGD(Strategy):
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "ogd", experience.index))
         chosen = torch.randperm(len(experience.train), generator=generator)[: self.examples]
         rows: list[Tensor] = []
-        with untouched(learner):
+        with evaluating(learner, grad=True):
             for batch in experience.train.batches(chosen.split(1)):
                 rows += self._output_gradients(learner, batch.to(learner.device), generator)
         if not rows:  # not one of them has a scored step

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, _foreach_add_, _foreach_mul_, _foreach_norm  # pyright: ignore[reportPrivateImportUsage]  # as torch.optim
 
 from clplat import checks
-from clplat.importance.fisher import check_kind, fisher, untouched
+from clplat.importance.fisher import check_kind, fisher
 from clplat.importance.per_example import SquaredGradients
 from clplat.learners.learner import Learner
+from clplat.learners.modes import evaluating
 from clplat.learners.nets.net import Output
 from clplat.rehearsal.rows import current_rows
 from clplat.strategy import Closure, Strategy, Update
@@ -169,7 +170,7 @@ class Refresh(Strategy):
             return [slope * root.view(-1, *[1] * (slope.ndim - 1))]
 
         sums = SquaredGradients(learner, learner.weights())
-        with untouched(learner):
+        with evaluating(learner, grad=True):
             for batch in experience.train.batches(chosen.split(self.batch_size)):
                 sums.add(batch.to(learner.device), cotangents)
         return {name: total.div_(len(chosen)) for name, total in sums.total.items()}

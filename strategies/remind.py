@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Net, Output
 from clplat.rehearsal.class_rate import mean_class_rate
@@ -146,7 +145,7 @@ class Remind(Strategy):
                 f"{type(learner.objective).__name__} has none: set strategy.remind.policy=reservoir and "
                 "strategy.remind.final=1."
             )
-        with evaluation(learner):
+        with learner.evaluating():
             features = made.front_features(stream[0].train.batch(torch.arange(1)).to(learner.device))[0]
         self.quantizer.check_width(features.shape[-1])
         learner.net = made
@@ -175,7 +174,7 @@ class Remind(Strategy):
         net, self._base = _quantised(learner), None
         generator = torch.Generator().manual_seed(stable_seed(self.seed, "remind"))
         order = torch.randperm(len(data), generator=generator).split(READ)
-        with evaluation(learner):
+        with learner.evaluating():
             found, count = [], 0
             for batch in (b.to(learner.device) for b in data.batches(order)):
                 hidden, valid = net.front_features(batch)[0], batch.valid()

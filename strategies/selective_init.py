@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
+from clplat.learners.modes import preserving
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
@@ -124,7 +124,7 @@ class SelectiveInit(Strategy):
             load_flat(learner.net, candidate)
             if self.steps:
                 self._probe(learner, practice, experience.index)
-            with evaluation(learner):
+            with learner.evaluating():
                 found.append(float(learner.objective(learner(batch).logits, batch)))
             for name, tensor in learner.net.named_buffers():
                 tensor.copy_(rest[name])
@@ -133,8 +133,7 @@ class SelectiveInit(Strategy):
     def _probe(self, learner: Learner, batch: Batch, index: int) -> None:
         parameters = [p for p in learner.net.parameters() if p.requires_grad]
         optimizer = learner.handover.make([{"params": parameters}])
-        modes = [(module, module.training) for module in learner.net.modules()]
-        with torch.random.fork_rng(), torch.enable_grad():
+        with preserving(learner.net), torch.enable_grad():
             torch.manual_seed(stable_seed(self.seed, "probe", index))  # the same dropout for every candidate
             learner.net.train()
             for _ in range(self.steps):
@@ -142,5 +141,3 @@ class SelectiveInit(Strategy):
                 learner.objective(learner(batch).logits, batch).backward()
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for module, mode in modes:
-            module.training = mode

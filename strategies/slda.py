@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clplat import checks
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Batch, Experience, Stream
@@ -75,7 +74,7 @@ class SLDA(Strategy):
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """Take the experience's examples into means and covariance, and solve for the scores."""
         pooled = self.exact or (self.first == "oas" and experience.index == 0)
-        with evaluation(learner):
+        with learner.evaluating():
             for batch in experience.train.batches(torch.arange(len(experience.train)).split(self.batch_size)):
                 batch = batch.to(learner.device)
                 features, y = learner.net(batch).features, batch.y

@@ -12,8 +12,7 @@ Letters: B batch, T time, C classes, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from clplat import checks
 from clplat.importance.per_example import SquaredGradients, Way
+from clplat.learners.modes import evaluating
 from clplat.streams.experience import Batch, Data
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def fisher(
     if kind == "batched":
         return _batched(learner, data, chosen.split(batch_size))
     squares = SquaredGradients(learner, learner.weights(), way)
-    with untouched(learner):
+    with evaluating(learner, grad=True):
         for batch in data.batches(chosen.split(batch_size)):
             squares.add(batch.to(learner.device), cotangents)
     return {name: total.div_(count) for name, total in squares.total.items()}
@@ -109,7 +109,7 @@ def _batched(learner: Learner, data: Data, indices: tuple[Tensor, ...]) -> dict[
     """The mean over batches of the square of their mean gradient."""
     weights = learner.weights()
     total = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
-    with untouched(learner):
+    with evaluating(learner, grad=True):
         for batch in data.batches(indices):
             batch = batch.to(learner.device)
             likelihood = learner.objective.log_likelihood(learner(batch).logits, batch).mean()
@@ -118,24 +118,6 @@ def _batched(learner: Learner, data: Data, indices: tuple[Tensor, ...]) -> dict[
                 if gradient is not None:
                     total[name].addcmul_(gradient, gradient)
     return {name: t.div_(len(indices)) for name, t in total.items()}
-
-
-@contextmanager
-def untouched(learner: Learner) -> Iterator[None]:
-    """Evaluation mode, gradients on, full precision; afterwards all modes and random states are as they were."""
-    modes = [(module, module.training) for module in learner.modules()]
-    with ExitStack() as stack:
-        on_gpu = learner.device.type == "cuda"
-        stack.enter_context(torch.random.fork_rng([learner.device] if on_gpu else []))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # its recurrences have no backward in eval mode
-        stack.enter_context(torch.autocast(learner.device.type, enabled=False))
-        stack.enter_context(torch.enable_grad())
-        try:
-            learner.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _score_function(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:

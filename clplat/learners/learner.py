@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from clplat import checks
 from clplat.composition import Composite
 from clplat.learners.handover import Handover
+from clplat.learners.modes import evaluating
 from clplat.learners.nets.net import Net, Output
 from clplat.learners.objective import Objective
 from clplat.learners.schedules import Schedule, constant
@@ -136,11 +137,5 @@ class Learner(nn.Module):
 
         Each module's mode, the weights and the random state are afterwards what they were.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(), self.handover.averaged():
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(self), self.handover.averaged():
+            yield

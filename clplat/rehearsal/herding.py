@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clplat.importance.fisher import untouched
+from clplat.learners.modes import evaluating
 from clplat.streams.batch import concatenate
 from clplat.streams.experience import Batch, Data
 
@@ -66,7 +66,7 @@ def herd(learner: Learner, data: Data, count: int, batch_size: int = 1000) -> tu
     rows, ranks = [], []
     for label in targets.unique().tolist():
         members = (targets == label).nonzero().squeeze(1)
-        with untouched(learner), torch.no_grad():
+        with evaluating(learner):
             batches = data.batches(members.split(batch_size))
             features = torch.cat([unit_features(learner, b.to(learner.device)) for b in batches])
         order = herding(features, count).cpu()

@@ -18,7 +18,7 @@ from learners.rows import Learns
 from torch import Tensor, nn
 
 from clplat import checkpoint
-from clplat.evaluate import evaluate, evaluation
+from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.dropout import DroppedEmbedding, LockedDropout
 from clplat.learners.mixers.elman import Elman
@@ -481,7 +481,7 @@ def test_the_held_out_set_decides_in_a_run(trainer: Callable[..., pl.Trainer]) -
         def after_step(self, learner: Learner, batch: Batch, output: Any) -> None:
             assert isinstance(learner.optimizer, NTASGD)
             if learner.steps % 4 == 0:
-                with evaluation(learner):
+                with learner.evaluating():
                     data = stream[0].valid
                     assert data is not None
                     whole = data.batch(torch.arange(len(data)))

@@ -14,7 +14,6 @@ from tiny import only
 from torch import Tensor
 
 from clplat.composition import Composite, check_stream
-from clplat.evaluate import evaluation
 from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
@@ -185,7 +184,7 @@ def test_each_row_is_answered_by_its_own_checkpoint(trainer: Callable) -> None:
     batch = data[0].test.batch(torch.arange(6))
     batch = copy.copy(batch)
     object.__setattr__(batch, "task", torch.tensor([2, 0, 1, 1, 0, 2]))
-    with evaluation(made):
+    with made.evaluating():
         output = made.net(batch)
         answers = strategy.predict(made, batch, output.logits, output.features)
         plain = learner(None, per_task(data))
