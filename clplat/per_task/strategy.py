@@ -16,7 +16,6 @@ from clplat.per_task.net import PerTaskNet, label_of, lowest_entropy
 from clplat.per_task.regularizer import OutputRegularizer
 from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience, Stream
-from clplat.weights.lookahead import check_known
 
 if TYPE_CHECKING:
     from clplat.learners.learner import Learner
@@ -45,8 +44,6 @@ class GeneratedWeights(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         check_answer(learner, stream)
-        if self.past.lookahead and (self.past.beta or self.past.beta_state):
-            check_known("lookahead", learner.handover.make)
         learner.net = net = GeneratedNet(learner.net, self.tasks, self.generator)
         size = sum(p.numel() for p in net.generator.parameters())
         log.info("%s: %d parameters generate %d weights", type(self).__name__, size, net.size)

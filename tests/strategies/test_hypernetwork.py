@@ -41,7 +41,6 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
 from clplat.streams.permuted_copy import permuted_copy
-from clplat.weights.lookahead import proposed
 
 K, C, T, D = 3, 6, 5, 4
 INPUTS = Inputs(features=D, length=T)
@@ -102,18 +101,6 @@ def taught(**options: Any) -> Learner:
     return made
 
 
-OPTIMIZERS = [
-    (torch.optim.Adam, {}),
-    (torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True, "betas": (0.5, 0.9)}),
-    (torch.optim.Adam, {"maximize": True, "eps": 1e-3}),
-    (torch.optim.AdamW, {"weight_decay": 0.3}),
-    (torch.optim.SGD, {}),
-    (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5, "maximize": True}),
-    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
-]
-
-
 def after_a_step(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Copies of the weights on which a copy of the optimiser has taken its step."""
     copies, other = deepcopy((weights, optimizer))
@@ -131,38 +118,6 @@ CASES = {
         not_counted=("tasks._extra_state",),
     ),
 }
-
-
-@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
-def test_the_proposed_step_is_the_real_one_and_changes_nothing(kind: Any, options: dict[str, Any]) -> None:
-    weights = [nn.Parameter(torch.randn(s)) for s in ((3, 4), (5,))] + [nn.Parameter(torch.randn(2))]
-    optimizer = kind([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.3}], lr=0.1, **options)
-    for _ in range(4):
-        for w in weights[:2]:  # the last never has a gradient
-            w.grad = torch.randn_like(w)
-        before = deepcopy((weights, optimizer.state_dict()))
-        found = proposed(optimizer)
-        same = after_a_step(weights, optimizer)
-        assert set(found) == set(weights[:2])
-        for w, real in zip(weights[:2], same, strict=False):
-            assert torch.equal(found[w], real)
-            assert not torch.equal(found[w], w)
-        assert all(torch.equal(w, old) for w, old in zip(weights, before[0], strict=True))
-        for key, value in optimizer.state_dict()["state"].items():
-            for name, t in value.items():
-                old = before[1]["state"][key][name]
-                assert torch.equal(t, old) if isinstance(t, Tensor) else t == old
-        optimizer.step()
-
-
-def test_another_optimiser_is_refused_before_training_but_not_without_lookahead() -> None:
-    made = learner(strategy(), optimizer=partial(torch.optim.RMSprop, lr=0.1))
-    with pytest.raises(ValueError, match="lookahead: got true with optimizer RMSprop"):
-        made.strategy.setup(made, stream())
-    made = learner(strategy(lookahead=False), optimizer=partial(torch.optim.RMSprop, lr=0.1))
-    made.strategy.setup(made, stream())
-    with pytest.raises(TypeError, match="RMSprop is not known"):
-        proposed(made.handover.make([nn.Parameter(torch.zeros(1))]))
 
 
 @pytest.mark.parametrize("targets", ["weights", "outputs"])
