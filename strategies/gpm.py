@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,14 +13,13 @@ from clplat.importance.recorder import Recorder, Use
 from clplat.learners.learner import Learner
 from clplat.learners.modes import evaluating
 from clplat.learners.nets.heads import TaskHead
-from clplat.learners.nets.net import Output
-from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
+from clplat.weights.restricted import RestrictedUpdates
 from clplat.weights.subspace import collect, extended, rounding, without
 
 
-class GPM(Strategy):
+class GPM(RestrictedUpdates):
     """Projection of each weight matrix's changes to where old inputs of its layer do not reach.
 
     After an experience the inputs x [N, D] that W [M, D] was multiplied with are collected. An orthonormal basis B
@@ -64,14 +64,13 @@ class GPM(Strategy):
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(apply_to)
         checks.within(0, 1, energy=energy, energy_growth=energy_growth)
-        checks.one_of("apply_to", apply_to, ("update", "gradient"))
         checks.one_of("head", head, ("auto", "project", "free"))
         checks.one_of("others", others, ("freeze", "free"))
         checks.at_least(1, examples=examples, batch_size=batch_size)
         self.energy, self.energy_growth, self.examples = energy, energy_growth, examples
-        self.apply_to, self.head, self.others = apply_to, head, others
+        self.head, self.others = head, others
         self.batch_size, self.seed = batch_size, seed
         self._past = 0  # experiences consolidated
         self._free: tuple[str, ...] = ()  # names of parameters that are never held back
@@ -83,23 +82,11 @@ class GPM(Strategy):
             if parameter.ndim == 2:
                 self.register_buffer(_basis(name), None)  # [D, k], or [V] bool: which rows of an embedding are kept
 
-    def gradients(self, learner: Learner, batch: Batch) -> None:
-        if not self._past or self.apply_to == "update":
-            return
-        for name, parameter in learner.weights().items():
-            if parameter.grad is not None:
-                parameter.grad = self._allowed(name, parameter.grad)  # without one, no optimiser moves it
+    def restricts(self) -> bool:
+        return self._past > 0
 
-    def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
-        if not self._past or self.apply_to == "gradient":
-            return update(closure)
-        before = {name: p.detach().clone() for name, p in learner.weights().items()}
-        output = update(closure)
-        with torch.no_grad():
-            for name, parameter in learner.weights().items():
-                allowed = self._allowed(name, parameter - before[name])
-                parameter.copy_(before[name] if allowed is None else before[name] + allowed)
-        return output
+    def allowed(self, learner: Learner, changes: Mapping[str, Tensor]) -> Mapping[str, Tensor | None]:
+        return {name: self._allowed(name, change) for name, change in changes.items()}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         if self.energy == 0:

@@ -49,10 +49,6 @@ class MAS(Strategy):
         self.batch_size, self.seed = batch_size, seed
         self.past = Quadratic()
 
-    def before_experience(self, learner: Learner, experience: Experience) -> None:
-        """A head that has grown: its new rows are free."""
-        self.past.fit(learner.weights())
-
     def loss(self, learner: Learner, batch: Batch, output: Output) -> Mapping[str, Tensor]:
         return {"mas": self.past.penalty(learner.weights(), 2 * self.strength)} if self.past else {}
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
+from torch import Tensor
 
 from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.learners.modes import evaluating
-from clplat.learners.nets.net import Output
-from clplat.strategy import Closure, Strategy, Update
 from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.loader import stable_seed
+from clplat.weights.flat import flat_gradient
+from clplat.weights.restricted import RestrictedUpdates
 from clplat.weights.subspace import extended, rounding, without
 
 OF = ("true", "mean", "all")
 
 
-class OGD(Strategy):
+class OGD(RestrictedUpdates):
     """Steps orthogonal to the gradients of old examples' outputs: to first order, these outputs stay what they are.
 
     After an experience the gradients of the logits of some of its examples by all P weights join an orthonormal basis
@@ -49,12 +50,11 @@ class OGD(Strategy):
     def __init__(
         self, examples: int = 200, capacity: int = 1000, of: str = "true", apply_to: str = "update", seed: int = 0
     ) -> None:
-        super().__init__()
+        super().__init__(apply_to)
         checks.at_least(1, "capacity 0 is finetuning", examples=examples)
         checks.at_least(0, "0 is finetuning", capacity=capacity)
         checks.one_of("of", of, OF)
-        checks.one_of("apply_to", apply_to, ("update", "gradient"))
-        self.examples, self.capacity, self.of, self.apply_to, self.seed = examples, capacity, of, apply_to, seed
+        self.examples, self.capacity, self.of, self.seed = examples, capacity, of, seed
         self.register_buffer("basis", None)
 
     def setup(self, learner: Learner, stream: Stream) -> None:
@@ -62,29 +62,15 @@ class OGD(Strategy):
             name = type(learner.objective).__name__
             raise ValueError(f"of: got 'true', and {name} has no true class: use 'mean' or 'all'.")
 
-    def gradients(self, learner: Learner, batch: Batch) -> None:
-        """Project the gradients."""
-        if self.basis is None or self.apply_to == "update":
-            return
-        parameters = list(learner.net.parameters())
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        for parameter, part in zip(parameters, self._split(self._project(flat), parameters), strict=True):
-            if parameter.grad is not None:
-                parameter.grad.copy_(part)
+    def restricts(self) -> bool:
+        return self.basis is not None
 
-    def step(self, learner: Learner, closure: Closure, update: Update) -> Output:
-        """With "update": the step, and the part of it taken back that changes old outputs."""
-        if self.basis is None or self.apply_to == "gradient":
-            return update(closure)
-        parameters = list(learner.net.parameters())
-        before = parameters_to_vector(parameters).detach()
-        output = update(closure)
-        with torch.no_grad():
-            after = before + self._project(parameters_to_vector(parameters) - before)
-            for parameter, part in zip(parameters, self._split(after, parameters), strict=True):
-                if parameter.requires_grad:
-                    parameter.copy_(part)
-        return output
+    def allowed(self, learner: Learner, changes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        assert self.basis is not None
+        weights = dict(learner.net.named_parameters())
+        flat = flat_gradient([changes.get(name) for name in weights], list(weights.values()))
+        parts = without(flat[None], self.basis.mT)[0].split([w.numel() for w in weights.values()])
+        return {n: part.view_as(w) for (n, w), part in zip(weights.items(), parts, strict=True) if n in changes}
 
     def after_experience(self, learner: Learner, experience: Experience) -> None:
         """Add the output gradients of what was learned, as far as there is room."""
@@ -122,17 +108,6 @@ class OGD(Strategy):
         wanted = [p for p in parameters if p.requires_grad]
         found: list[Tensor] = []
         for output in outputs:
-            by_weight = dict(
-                zip(wanted, torch.autograd.grad(output, wanted, retain_graph=True, materialize_grads=True), strict=True)
-            )
-            found.append(torch.cat([by_weight.get(p, torch.zeros_like(p)).flatten() for p in parameters]).detach())
+            gradients = iter(torch.autograd.grad(output, wanted, retain_graph=True, allow_unused=True))
+            found.append(flat_gradient([next(gradients) if p.requires_grad else None for p in parameters], parameters))
         return found
-
-    def _project(self, flat: Tensor) -> Tensor:
-        assert self.basis is not None
-        return without(flat[None], self.basis.mT)[0]
-
-    @staticmethod
-    def _split(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-        pieces = flat.split([p.numel() for p in parameters])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]

@@ -56,7 +56,6 @@ class RWalk(Strategy):
         if self.strength == 0:
             return
         weights = learner.weights()
-        self.past.fit(weights)
         for part in (self.score, self.gain):
             part.zero(weights)
         if not self.fisher:

@@ -15,7 +15,7 @@ from clplat.strategy import Strategy
 from clplat.streams.experience import Batch, Experience
 from clplat.streams.loader import stable_seed
 from clplat.weights import functional
-from clplat.weights.arithmetic import flatten, load_flat, unflatten
+from clplat.weights.flat import flatten, load_flat, unflatten
 
 ANSWERS = ("latest", "task")
 

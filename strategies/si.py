@@ -50,7 +50,6 @@ class SI(Strategy):
     def before_experience(self, learner: Learner, experience: Experience) -> None:
         if self.strength == 0:
             return
-        self.past.fit(learner.weights())
         self.start.keep(learner.weights())
         self.path.zero(learner.weights())
 

@@ -9,7 +9,8 @@ from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.strategy import Strategy
 from clplat.streams.experience import Experience
-from clplat.weights.arithmetic import add, difference, flatten, interpolate, load_flat
+from clplat.weights.arithmetic import add, difference, interpolate
+from clplat.weights.flat import flatten, load_flat
 
 MERGES = ("mean", "interpolate", "none")
 STARTS = ("last", "merged", "base")
@@ -23,7 +24,7 @@ class TimeVectors(Strategy):
 
     - mean: theta_0 + scale * (tau_0 + ... + tau_t) / (t + 1)
     - interpolate: theta_0 + scale * (share tau_t + (1 - share) tau_{t-1}); in the first experience tau_0 alone
-    - none: theta_t, as in finetuning; the weights are kept for `clplat.weights.arithmetic` (analogies, soups)
+    - none: theta_t, as in finetuning; the weights are kept for `clplat.weights.arithmetic`
 
     The net holds the combination while it is scored after an experience, and the start of the next one from when that
     begins: scores taken in between (evaluation.every_n_steps) are those of the weights in training. Strategies listed

@@ -53,8 +53,8 @@ class Quadratic(StateModule):
     """sum over i of importance_i * (theta_i - anchor_i)^2, plus a constant, as state that is checkpointed.
 
     Sums of such functions are again one: `add` keeps the sum of all experiences' penalties exactly, in the memory and
-    time of one. Parameters are known by name. One that gains rows (a growing head) has importance 0 in the new ones;
-    one that is not trainable for a while keeps its entries and adds nothing.
+    time of one. Parameters are known by name, and keep their shapes. One that is not trainable for a while keeps its
+    entries and adds nothing.
     """
 
     importance: Tensor | None
@@ -80,24 +80,9 @@ class Quadratic(StateModule):
         """The anchor of each parameter, in its shape."""
         return self._split()[1]
 
-    def fit(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the shapes of `weights`: rows that are new get importance 0 and anchor 0.
-
-        Raises:
-            ValueError: a parameter changed in another way than by more rows.
-        """
-        if any(self._shapes.get(name, list(w.shape)) != list(w.shape) for name, w in weights.items()):
-            importance, anchor = self.importances(), self.anchors()
-            for name, weight in weights.items():
-                if name in importance:
-                    importance[name] = _grown(importance[name], weight, name)
-                    anchor[name] = _grown(anchor[name], weight, name)
-            self._join(importance, anchor)
-
     @torch.no_grad()
     def add(self, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
         """Add sum of importance * (theta - anchor)^2, by completing the square: nothing is approximated."""
-        self.fit(importance)
         old, center = self.importances(), self.anchors()
         extra = [] if self.constant is None else [self.constant]
         for name, more in importance.items():
@@ -115,7 +100,6 @@ class Quadratic(StateModule):
     @torch.no_grad()
     def renew(self, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor], decay: float = 1.0) -> None:
         """Importance becomes decay * old + `importance`, and the only anchor is `anchor`."""
-        self.fit(importance)
         old, center = self.importances(), self.anchors()
         for name, more in importance.items():
             old[name] = decay * old[name] + more if name in old else more
@@ -137,11 +121,9 @@ class Quadratic(StateModule):
         return value if self.constant is None else value + 0.5 * strength * self.constant
 
     def get_extra_state(self) -> dict[str, list[int]]:
-        """The parameters' names and shapes, in order."""
         return dict(self._shapes)
 
     def set_extra_state(self, state: dict[str, list[int]]) -> None:
-        """Take what `get_extra_state` gave."""
         self._shapes = {name: list(shape) for name, shape in state.items()}
 
     def _join(self, importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> None:
@@ -161,12 +143,3 @@ class Quadratic(StateModule):
             ]
             self._views = (self.importance, pieces[0], pieces[1])
         return dict(self._views[1]), dict(self._views[2])
-
-
-def _grown(old: Tensor, like: Tensor, name: str) -> Tensor:
-    if old.shape[1:] != like.shape[1:] or len(old) > len(like):
-        raise ValueError(
-            f"Parameter {name!r} had shape {list(old.shape)} and now has {list(like.shape)}: only more rows can be "
-            "carried over. Keep the shapes of parameters, or let them grow along their first dimension."
-        )
-    return torch.cat([old, old.new_zeros(len(like) - len(old), *old.shape[1:])])

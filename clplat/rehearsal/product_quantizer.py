@@ -5,8 +5,6 @@ Letters: N vectors, D their width, M parts, C codes a part.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -122,35 +120,6 @@ class ProductQuantizer(StateModule):
         """Bytes of the centroids: C * D * 4 in single precision."""
         return 0 if self.codebooks is None else self.codebooks.numel() * self.codebooks.element_size()
 
-    def to_faiss(self) -> Any:
-        """A faiss `ProductQuantizer` with these centroids, whose codes are the same bytes.
-
-        Raises:
-            QuantizerError: faiss is not installed, or nothing is fitted yet.
-        """
-        books, faiss = self._fitted().float().cpu(), _faiss()
-        parts, codes, width = books.shape
-        # faiss has 256 centroids for codes of one byte; a repeated first one is never nearer than the first.
-        full = torch.cat([books, books[:, :1].expand(-1, 256 - codes, -1)], 1)
-        made = faiss.ProductQuantizer(parts * width, parts, 8)
-        faiss.copy_array_to_vector(full.numpy().ravel(), made.centroids)
-        return made
-
-    @classmethod
-    def from_faiss(cls, quantizer: Any) -> ProductQuantizer:
-        """The quantiser with the centroids of a faiss `ProductQuantizer`.
-
-        Raises:
-            QuantizerError: faiss is not installed, or its codes are longer than one byte.
-        """
-        faiss = _faiss()
-        if quantizer.nbits > 8:
-            raise QuantizerError(f"nbits: got {quantizer.nbits}, codes of at most 8 bits are one byte.")
-        made = cls(quantizer.M, quantizer.ksub)
-        books = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
-        made.codebooks = books.view(quantizer.M, quantizer.ksub, quantizer.dsub).clone()
-        return made
-
     def _cut(self, vectors: Tensor) -> Tensor:
         """[M, N, D / M] from [N, D], in single precision at least."""
         x = vectors if vectors.dtype == torch.float64 else vectors.float()
@@ -201,13 +170,3 @@ def _multiplied(x: Tensor, nearest: Tensor, codes: int) -> Tensor:
     for some, at in zip(x.split(size, 1), nearest.split(size, 1), strict=True):
         sums += x.new_zeros(*at.shape, codes).scatter_(2, at[..., None], 1).transpose(1, 2) @ some
     return sums
-
-
-def _faiss() -> Any:
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]  # optional, and not among the project's dependencies
-    except ImportError as error:
-        raise QuantizerError(
-            "faiss is not installed, and only the exchange of centroids with it needs it: pip install faiss-cpu."
-        ) from error
-    return faiss

@@ -26,7 +26,7 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Experience, Stream
 from clplat.streams.inputs import Inputs
 from clplat.streams.loader import stable_seed
-from clplat.weights.arithmetic import flatten, load_flat
+from clplat.weights.flat import flatten, load_flat
 
 N, D, C = 80, 6, 2
 

@@ -23,15 +23,11 @@ from clplat.strategy import Session, Strategy
 from clplat.streams.experience import Experience
 from clplat.weights.arithmetic import (
     add,
-    analogy,
     cosine,
     difference,
-    flatten,
-    greedy_soup,
     interpolate,
-    load_flat,
-    unflatten,
 )
+from clplat.weights.flat import flatten, load_flat, unflatten
 
 K, N, D = 3, 40, 5
 stream = partial(tiny.stream, shift=0.7, alternating=True)
@@ -128,42 +124,6 @@ def test_what_is_not_comparable_stays_that_of_the_base() -> None:
     assert set(difference(one, base)) == {"statistics"}
     assert difference(one, base)["statistics"].dtype == torch.float64
     assert mixed["statistics"].dtype == torch.float32
-
-
-def test_an_analogy_of_linear_models_in_closed_form() -> None:
-    """Least squares in which the solution is task + period: the analogy finds the task in the new period exactly."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
-    task, old, new = (torch.randn(4, generator=generator, dtype=torch.float64) for _ in range(3))
-
-    def fitted(target: Tensor) -> dict[str, Tensor]:
-        return {"w": torch.linalg.lstsq(x, (x @ target)[:, None]).solution[:, 0]}
-
-    base = {"w": torch.randn(4, generator=generator, dtype=torch.float64)}
-    # tau of an unlabelled model is its period's; that of the task in the old period is the sum of both.
-    moved, later, earlier = (fitted(base["w"] + v) for v in (task + old, new, old))
-    found = analogy(base, moved, later, earlier)
-    torch.testing.assert_close(found["w"], base["w"] + task + new)
-    scaled = analogy(base, moved, later, earlier, task_scale=2.0, new_scale=0.5, old_scale=0.25)
-    torch.testing.assert_close(scaled["w"], base["w"] + 2 * (task + old) + 0.5 * new - 0.25 * old)
-
-
-def test_a_greedy_soup_against_brute_force() -> None:
-    """Towards a target at a third of the way between two corners of a triangle."""
-    base = {"w": torch.zeros(2, dtype=torch.float64)}
-    corners = [{"w": torch.tensor(c, dtype=torch.float64)} for c in ([0.0, 1.0], [3.0, 1.0], [0.0, 9.0])]
-    target = torch.tensor([1.0, 1.0], dtype=torch.float64)
-
-    def score(state: dict[str, Any]) -> float:
-        return -float((state["w"] - target).norm())
-
-    soup, counts = greedy_soup(base, corners, score)
-    assert counts == [2, 1, 0]
-    torch.testing.assert_close(soup["w"], target)
-    assert greedy_soup(base, corners, score, picks=1)[1] == [1, 0, 0]
-    same_as_base, none = greedy_soup({"w": target}, corners, score)
-    assert none == [0, 0, 0]
-    assert torch.equal(same_as_base["w"], target)
 
 
 def test_cosine() -> None:
