@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clplat.catalogue import CONF, groups, options
+from clplat.catalogue import CONF, groups, options, table, update
 from clplat.errors import UserError
 
 HELP = """commands:
@@ -79,22 +79,35 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 def list_(arguments: Sequence[str]) -> int:
-    """`clplat list`: the options of every group, one line each, from the first line of each yaml."""
+    """`clplat list`: the options of every group, one line each, from the first line of each yaml; or as markdown."""
     from rich.console import Console
     from rich.table import Table
 
     known = groups()
-    if arguments and arguments[0] not in known:
+    parser = argparse.ArgumentParser(prog="clplat list", description="What there is: options of every group.")
+    parser.add_argument("group", nargs="?", help=", ".join(known))
+    parser.add_argument("--markdown", action="store_true", help="the group's table as the pages have it")
+    parser.add_argument("--update", nargs="+", type=Path, metavar="FILE", help="make the tables in these pages anew")
+    given = parser.parse_args(arguments)
+    if given.group is not None and given.group not in known:
         from clplat.config.refusing import nearest
 
-        return _refuse(f"unknown group {arguments[0]!r}{nearest(arguments[0], known)} Allowed: {', '.join(known)}.")
+        return _refuse(f"unknown group {given.group!r}{nearest(given.group, known)} Allowed: {', '.join(known)}.")
+    for page in given.update or []:
+        page.write_text(update(page.read_text(encoding="utf-8")), encoding="utf-8")
+    if given.update:
+        return 0
+    if given.markdown:
+        for group in [given.group] if given.group else known:
+            print(table(group))
+        return 0
     console = Console(markup=False)  # descriptions hold lists in brackets
-    for group in [arguments[0]] if arguments else known:
+    for group in [given.group] if given.group else known:
         title = f"{group}=" if group != "paper" else "clplat reproduce"
-        table = Table(box=None, title=title, title_justify="left", show_header=False, pad_edge=False)
+        rows = Table(box=None, title=title, title_justify="left", show_header=False, pad_edge=False)
         for name, line in options(CONF / group).items():
-            table.add_row(f"  {name}", line)
-        console.print(table)
+            rows.add_row(f"  {name}", line)
+        console.print(rows)
     return 0
 
 

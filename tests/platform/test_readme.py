@@ -1,4 +1,4 @@
-"""What the README and docs/semantics.md say is what happens: commands, code, tables, keys and links."""
+"""What the README and the pages say is what happens: commands, code, tables, keys and links."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clplat import checkpoint
 from clplat.build import build_learner
+from clplat.catalogue import head, update
 from clplat.cli import HELP, main
 from clplat.config.check import check
 from clplat.learners.learner import Learner
@@ -33,6 +34,9 @@ README = (ROOT / "README.md").read_text()
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 STRATEGIES = (ROOT / "docs" / "strategies.md").read_text()
 LEARNERS = (ROOT / "docs" / "learners.md").read_text()
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 QUICK = ["training.epochs=1", "learner.net.hidden=8", "tracking=none", "progress=false", "stream.experiences=2"]
 
 
@@ -47,9 +51,9 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def after(mark: str) -> str:
-    """The README from a mark on, which has to be there once."""
-    _, rest = README.split(mark)
+def after(mark: str, page: str = README) -> str:
+    """A page from a mark on, which has to be there once."""
+    _, rest = page.split(mark)
     return rest
 
 
@@ -83,7 +87,8 @@ def test_every_training_command_composes(overrides: list[str], capsys: pytest.Ca
 
 
 def test_the_block_has_every_kind_of_command() -> None:
-    assert len(TRAINING) >= 5
+    assert len(TRAINING) >= 4
+    assert len(RUN_SOMETHING) == 5
     for words in RUN_SOMETHING:
         assert words[0] == "clplat"
         assert re.search(rf"^  {words[1]} ", HELP, flags=re.MULTILINE), f"`clplat --help` does not know {words[1]}"
@@ -100,7 +105,7 @@ def test_the_other_commands_take_what_is_shown(words: list[str], capsys: pytest.
 
 
 def test_the_configuration_is_shown_wherever_the_flag_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "`clplat train --cfg job` shows the whole configuration" in README
+    assert re.search(r"`clplat train --cfg job` the\s+whole configuration", README)
     shown = []
     for arguments in (["--cfg", "job", "seed=3"], ["seed=3", "--cfg", "job"], ["seed=3", "-c", "job"]):
         assert main(["train", *arguments]) == 0, capsys.readouterr().err
@@ -110,8 +115,8 @@ def test_the_configuration_is_shown_wherever_the_flag_stands(capsys: pytest.Capt
 
 
 def own_strategy(folder: Path) -> list[str]:
-    """Write the README's strategy of one's own; returns the command that runs it."""
-    text = after("<!-- own strategy -->")
+    """Write the page's strategy of one's own; returns the command that runs it."""
+    text = after("<!-- own strategy -->", EXTENDING)
     code = blocks(text, "python")[0]
     name = re.match(r"# (\w+\.py)\n", code)
     assert name is not None, "the block's first line names its file"
@@ -131,12 +136,32 @@ def test_a_strategy_of_your_own_runs_from_your_own_folder(tmp_path: Path) -> Non
     assert json.loads(result.read_text())["strategy"] == "custom"
     state = checkpoint.load(result.parent / "last.ckpt")
     weights = sum(v.numel() for k, v in state["learner"].items() if k.startswith("net.") and v.is_floating_point())
-    assert state["learner"]["strategy.anchor"].shape == (weights,)
+    assert state["learner"]["strategy.parts.custom.anchor"].shape == (weights,)
+
+
+def test_the_readme_shows_the_same_strategy_and_command() -> None:
+    text = after("<!-- own strategy -->", EXTENDING)
+    shown = next(block for block in blocks(README, "python") if "L2Anchor" in block)
+    assert shown in blocks(text, "python")[0]
+    (command,) = commands(blocks(text, "bash")[0])
+    assert f"`{' '.join(command)}`" in README
+
+
+def test_a_stream_of_your_own_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_streams.py").write_text(blocks(after("<!-- own stream -->", EXTENDING), "python")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "my_conf" / "stream"
+    folder.mkdir(parents=True)
+    (folder / "waves.yaml").write_text("# Waves\n_target_: my_streams.waves\nexamples: 40\n")
+    quick = [word for word in QUICK if not word.startswith("stream.")]
+    assert main(["train", "--config-dir", "my_conf", "stream=waves", *quick]) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["stream"] == "waves"
 
 
 def test_a_yaml_of_your_own_gives_it_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (words,) = re.findall(r"`clplat (train --config-dir my_conf strategy=l2)`", README)
-    path = re.search(r"`(my_conf/strategy/l2\.yaml)`", README)
+    (words,) = re.findall(r"`clplat (train --config-dir my_conf strategy=l2)`", EXTENDING)
+    path = re.search(r"`(my_conf/strategy/l2\.yaml)`", EXTENDING)
     assert path is not None
     (tmp_path / path[1]).parent.mkdir(parents=True)
     (tmp_path / path[1]).write_text(
@@ -149,16 +174,31 @@ def test_a_yaml_of_your_own_gives_it_a_name(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_notebook_block_gives_scores(capsys: pytest.CaptureFixture[str]) -> None:
     code = blocks(after("<!-- notebook -->"), "python")[0]
-    assert "Training(epochs=5)" in code
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    assert "epochs=5)" in code
     names: dict[str, Any] = {}
-    exec(compile(code.replace("Training(epochs=5)", "Training(epochs=1)"), "README.md", "exec"), names)
-    table = names["table"]
-    assert table.R.shape == (5, 5)
-    assert bool(table.R.isfinite().all())
-    assert float(table.R[0, 0]) > 0.6  # more was learned than to answer with one of the two classes
-    metrics = names["summary"](table)
-    assert all(math.isfinite(metrics[m]) for m in ("average", "forgetting", "backward_transfer"))
+    exec(compile(code.replace("epochs=5)", "epochs=1)"), "README.md", "exec"), names)
+    result = names["result"]
+    assert result.R.shape == (5, 5)
+    assert bool(result.R.isfinite().all())
+    assert float(result.R[0, 0]) > 0.6  # more was learned than to answer with one of the two classes
+    assert all(math.isfinite(result.metrics[m]) for m in ("average", "forgetting", "backward_transfer"))
+    frame = result.frame()
+    assert list(frame.index) == ["untrained", *frame.columns]
+    assert frame.loc["digits 8 9", "digits 0 1"] == float(result.R[4, 0])
+    (axes,) = result.plot().axes
+    assert len(axes.lines) >= 5
     assert "average_incremental" in capsys.readouterr().out
+
+
+def test_public_names_load_and_others_are_refused() -> None:
+    import clplat
+
+    for name in clplat.__all__:
+        assert getattr(clplat, name).__name__ == name
+    assert set(clplat.__all__) <= set(dir(clplat))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = clplat.nothing
 
 
 def test_the_probes_block_finds_what_was_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,41 +245,37 @@ def test_the_commands_of_the_pages_are_accepted(line: str) -> None:
                 check(compose("train", [*lists, *rest, picked]))
 
 
-def column(header: str, title: str) -> set[str]:
-    """The names in backquotes in the column `title` of the table whose first heading is `header`."""
-    lines = README.splitlines()
-    (start,) = (i for i, line in enumerate(lines) if line.startswith(f"| {header} |"))
-    place = [cell.strip() for cell in lines[start].split("|")].index(title)
-    found: set[str] = set()
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        found.update(re.findall(r"`(\w+)`", line.split("|")[place]))
-    return found
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_the_tables_are_those_of_the_yamls_and_classes(page: str) -> None:
+    """Stale? `clplat list --update docs/*.md` makes them anew."""
+    text = (ROOT / page).read_text()
+    assert update(text) == text
 
 
 @pytest.mark.parametrize("group", ["strategy", "learner", "stream"])
-def test_the_tables_name_what_there_is(group: str) -> None:
-    there = {p.stem for p in (ROOT / "conf" / group).glob("*.yaml") if not p.stem.startswith("_")} - {"custom"}
-    assert column(group, "config") == there
+def test_every_option_says_what_it_is_and_stands_in_a_table(group: str) -> None:
+    page = {"strategy": "strategies", "learner": "learners", "stream": "streams"}[group]
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    there = {p.stem: head(p) for p in (ROOT / "conf" / group).glob("*.yaml") if not p.stem.startswith("_")}
+    for name, fields in there.items():
+        assert fields.get("what"), name
+        if name != "custom":
+            assert f"| `{name}` | {fields['what']}" in text
+            if group != "stream":
+                assert fields.get("verified"), f"{name} does not say how it was verified"
 
 
 def test_the_hooks_table_names_every_hook() -> None:
-    from clplat.strategy import Composite, Strategy
+    from clplat.strategy import Strategy
 
-    own = {"wrap", "stored_bytes", "objective"}
-    hooks = {
-        n for n in vars(Composite) if n in vars(Strategy) and callable(getattr(Strategy, n)) and not n.startswith("_")
-    }
-    shown = set(re.findall(r"`(\w+)(?:\([\w, ]*\))?`", after("combine:").split("\n\n")[1]))
-    assert hooks - own <= shown
-    assert own - {"stored_bytes"} <= shown
+    hooks = {name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")}
+    shown = set(
+        re.findall(r"`(\w+)(?:\([\w, ]*\))?`", after("## The hooks and their laws", ARCHITECTURE).split("\n\n")[1])
+    )
+    assert shown == hooks
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/strategies.md", "docs/learners.md"],
-)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
 def test_every_link_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
