@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
-from clplat.config.renamed import name_now
+from clplat.config.renamed import KEYS, path_now
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
 """How many positional arguments clplat fills in itself where it calls what is configured there."""
@@ -132,7 +132,7 @@ def _imported(key: str, name: str) -> Any:
 
     from clplat._torchvision import ensure_importable
 
-    if now := name_now(name):
+    if now := path_now(name):
         raise ConfigError(f"{key}: {name} is called {now} since clplat 0.2: set {key}={now}.")
     ensure_importable()  # what is imported may import Lightning
     said = logging.getLogger("hydra.utils")
@@ -171,8 +171,8 @@ def _known(path: str, node: DictConfig, allowed: Iterable[str], taken: Sequence[
         if key not in allowed:
             offered = sorted(a for a in allowed if a not in _HYDRA)
             wrong = "clplat fills it in: leave it out." if key in taken else f"unknown key{nearest(key, offered)}"
-            if (now := name_now(_join(path, key))) and now.rpartition(".")[2] in allowed:
-                wrong = f"it is called {now} since clplat 0.2."
+            if key in KEYS and KEYS[key] in allowed:
+                wrong = f"it is called {_join(path, KEYS[key])} since clplat 0.2."
             raise ConfigError(f"{_join(path, key)}: {wrong} Allowed here: {', '.join(offered) or 'none'}.")
 
 

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 MOVED = {
-    "clplat.run.Training": "clplat.settings.Training",
-    "clplat.run.Evaluation": "clplat.settings.Evaluation",
-    "clplat.tracking.Tracker": "clplat.tracking.tracker.Tracker",
     "clplat.buffers": "clplat.rehearsal.buffer",
     "clplat.fisher": "clplat.importance.fisher",
     "clplat.generator": "clplat.rehearsal.vae",
     "clplat.learners.nets.hyper": "clplat.per_task.generators",
     "clplat.learners.nets.masked": "clplat.per_task.masked",
     "clplat.learners.nets.per_task": "clplat.per_task.net",
+    "clplat.learners.nets.transformer.residual": "clplat.learners.nets.residual.residual",
     "clplat.output_regularizer": "clplat.per_task.regularizer",
     "clplat.path": "clplat.importance.path_integral",
     "clplat.penalty": "clplat.importance.penalty",
     "clplat.quantize": "clplat.rehearsal.product_quantizer",
-    "clplat.task_strategies": "clplat.per_task.strategy",
+    "clplat.run.Evaluation": "clplat.settings.Evaluation",
+    "clplat.run.Silent": "clplat.tracking.base.NoTracker",
+    "clplat.run.Training": "clplat.settings.Training",
     "clplat.streams.text.markov_text": "clplat.streams.markov_text.markov_text",
+    "clplat.task_strategies": "clplat.per_task.strategy",
     "clplat.teacher": "clplat.weights.teacher",
-    "stream.as_": "stream.layout",
+    "clplat.tracking.Tracker": "clplat.tracking.tracker.Tracker",
 }
-"""Old import paths, of a class or of a module with all in it, and keys; and what they are called now."""
+"""Import paths, of a class or of a module with all in it: the old one, and what it is called now."""
+
+KEYS = {
+    "as_": "layout",
+    "readout": "pooling",
+}
+"""Keys, wherever they stand in a configuration: the old one, and what it is called now."""
 
 
-def name_now(name: str) -> str | None:
-    """What an import path or a key of clplat 0.1 is called now; None if it is no old one."""
+def path_now(path: str) -> str | None:
+    """What an import path of clplat 0.1 is called now; None if it is no old one."""
     for old, new in MOVED.items():
-        if f"{name}.".startswith(f"{old}."):
-            return new + name[len(old) :]
+        if f"{path}.".startswith(f"{old}."):
+            return new + path[len(old) :]
     return None
