@@ -321,12 +321,13 @@ def test_task_inference_takes_the_lowest_entropy_of_each_row(kind: str) -> None:
     target.per_step = target.template.per_step = per_step
     target.template.head = target.head = Head(6, C)  # all outputs for every task
     target.template.head.linear.weight.data.mul_(5)
-    batch = Batch(x=2 * torch.randn(40, T, D), y=torch.zeros(40, dtype=torch.long))
+    x, scored = 2 * torch.randn(40, T, D), torch.rand(40, T) < 0.6 if per_step else None
+    y = {"class": torch.zeros(40), "tag": torch.zeros(40, T), "bits": torch.zeros(40, T, C)}[kind].long()
+    batch = Batch(x, y, mask=scored)
     head = {f"head.{n}": p for n, p in target.template.head.named_parameters()}
     generate = target.weights_for
     target.weights_for = lambda label: generate(label) | head  # pyright: ignore[reportAttributeAccessIssue]
-    scored = torch.rand(40, T) < 0.6 if per_step else None
-    logits, chosen = lowest_entropy(target, batch, kind, scored)
+    logits, chosen = lowest_entropy(target, batch, objective_for(kind))
     options = [target.as_task(batch, label).logits.detach().double() for label in range(3)]
     for row in range(40):
         values = []
@@ -347,8 +348,8 @@ def test_task_inference_takes_the_lowest_entropy_of_each_row(kind: str) -> None:
             assert int(chosen[row]) == best
             torch.testing.assert_close(logits[row].double(), options[best][row])
     assert len(set(chosen.tolist())) > 1
-    with pytest.raises(ValueError, match="use a task-incremental stream"):
-        lowest_entropy(target, batch, "value", None)
+    with pytest.raises(ValueError, match="entropy"):
+        lowest_entropy(target, batch, objective_for("value"))
 
 
 def test_without_task_labels_predict_infers_and_with_them_it_does_not(trainer: Callable) -> None:
@@ -360,7 +361,7 @@ def test_without_task_labels_predict_infers_and_with_them_it_does_not(trainer: C
         output = made.net(batch)
         told = Batch(x=batch.x, y=batch.y, task=torch.zeros(20, dtype=torch.long))
         found = made.strategy.predict(made, batch, output.logits, output.features)
-        right, _ = lowest_entropy(generated(made), batch, "class", None)
+        right, _ = lowest_entropy(generated(made), batch, made.objective)
         assert torch.equal(found, right)
         logits = torch.randn(20, C)
         assert made.strategy.predict(made, told, logits, output.features) is logits
@@ -425,7 +426,7 @@ def test_nets_that_cannot_be_generated_are_refused() -> None:
 def test_values_without_task_labels_are_refused_before_training() -> None:
     made = learner(strategy(), tasks=False)
     made.objective = objective_for("value")
-    with pytest.raises(ValueError, match="real values have none"):
+    with pytest.raises(ValueError, match="Regression has none: use a task-incremental stream"):
         made.strategy.setup(made, stream(tasks=False))
     made.strategy.setup(made, stream())
 
