@@ -259,7 +259,7 @@ def test_right_answers_by_kind() -> None:
 def test_real_values_are_refused() -> None:
     net = mlp(Inputs(features=D, length=0), partial(Head, outputs=1), hidden=[])
     made = Learner(net, objective_for("value"), ExampleForgetting())
-    with pytest.raises(ValueError, match="neither right nor wrong"):
+    with pytest.raises(ValueError, match="Regression does not define right and wrong answers"):
         made.strategy.setup(made, stream())
 
 

@@ -239,7 +239,7 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_what_it_cannot_do_is_refused_before_training() -> None:
     net = mlp(Inputs(features=4, length=0), partial(Head, outputs=6), hidden=[])
-    with pytest.raises(ValueError, match="no probability of tokens"):
+    with pytest.raises(ValueError, match="no probability, which NextToken is scored by"):
         ICL().setup(Learner(net, objective_for("token")), classes())
     with pytest.raises(ValueError, match="icl and cumulative cannot be used both: each chooses what an experience"):
         Composite({"icl": ICL(), "cumulative": Cumulative()})
