@@ -213,8 +213,8 @@ def test_off_is_finetuning_bit_for_bit(name, net):
 
 @every
 @pytest.mark.parametrize(
-    "kill",  # the last step of an experience is 5, the boundary after it 6
-    [pytest.param(2, marks=slow), pytest.param(5, marks=slow), 6, 9],
+    "kill",  # the last step of an experience is 5, the boundary after it 6, and 9 lies in the middle of the next
+    [*(pytest.param(kill, marks=slow) for kill in (2, 5, 6)), 9],
 )
 def test_killed_and_resumed_equals_uninterrupted(name, kill, tmp_path):
     """A checkpoint after every step changes nothing either: the run to compare with writes none."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
+from tiny import shaken
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,19 +31,13 @@ from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
 
 
-def shaken(learner: Learner, scale: float = 0.3) -> None:
-    with torch.no_grad():
-        for p in learner.net.parameters():
-            p.add_(scale * torch.randn_like(p))
-
-
 def begun(tiny: Any, strategy: Strategy, stream: Stream, index: int = 1) -> Learner:
     """A learner that has ended experience `index - 1` and begun the next, with weights that have moved since."""
     learner = tiny.learner(strategy, stream)
     strategy.setup(learner, stream)
     for k in range(index):
         learner.begin(stream[k])
-        shaken(learner)
+        shaken(learner, 0.3)
         learner.end(stream[k])
     learner.begin(stream[index])
     return learner
@@ -51,7 +46,7 @@ def begun(tiny: Any, strategy: Strategy, stream: Stream, index: int = 1) -> Lear
 def old_and_new(tiny: Any, strategy: Strategy, stream: Stream, batch: Batch) -> tuple[Learner, Tensor, Tensor]:
     learner = begun(tiny, strategy, stream)
     before = learner(batch)
-    shaken(learner)
+    shaken(learner, 0.3)
     return learner, before.logits.detach(), before.features.detach()
 
 
@@ -96,7 +91,7 @@ def test_lwf_with_task_labels_sums_over_old_heads(tiny: Any) -> None:
     strategy = LwF(strength=1.0)
     learner = begun(tiny, strategy, stream, index=2)
     before = {k: learner(replace(batch, task=torch.full((9,), k))).logits.detach() for k in (0, 1)}
-    shaken(learner)
+    shaken(learner, 0.3)
     total = torch.zeros(())
     for k, old in before.items():
         own = slice(2 * k, 2 * k + 2)
@@ -122,7 +117,7 @@ def test_lwf_with_task_labels_and_one_head_for_all_counts_every_class_once(tiny:
             learner.end(stream[k])
         learner.begin(stream[2])
         torch.manual_seed(2)
-        shaken(learner)
+        shaken(learner, 0.3)
         batch = stream[2].train.batch(torch.arange(9))
         terms.append(strategy.loss(learner, batch, learner(batch))["lwf"])
     assert torch.equal(*terms)
@@ -142,7 +137,7 @@ def test_classes_kept_out_of_the_loss_are_distilled(tiny: Any, kind: Any) -> Non
         learner.end(stream[0])
         learner.begin(stream[1])
         torch.manual_seed(2)
-        shaken(learner)
+        shaken(learner, 0.3)
         batch = stream[1].train.batch(torch.arange(9))
         output = learner(batch)
         loss = strategy.loss(learner, batch, output)
@@ -194,7 +189,7 @@ def test_lwf_of_tags_leaves_replayed_rows_and_unscored_steps(tiny: Any) -> None:
     experience = Experience(0, "0", (), train=data, test=data)
     learner.begin(experience)
     learner.end(experience)
-    shaken(learner)
+    shaken(learner, 0.3)
     source = torch.tensor([0, 1] * 4, dtype=torch.uint8)
     joined = replace(batch, source=source)
     old = strategy.teacher(batch).logits[::2, :3] / 2
@@ -209,7 +204,7 @@ def test_the_teacher_does_not_move(tiny: Any) -> None:
     learner = tiny.trained(strategy, stream)
     kept = {k: v.clone() for k, v in strategy.teacher.net.state_dict().items()}
     learner.train()
-    shaken(learner)
+    shaken(learner, 0.3)
     learner.strategy.loss(
         learner, stream[0].train.batch(torch.arange(4)), learner(stream[0].train.batch(torch.arange(4)))
     )

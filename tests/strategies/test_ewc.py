@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from cases import Case
-from tiny import only
+from tiny import flat, only, shaken, stream
 from torch import Tensor, nn
 
 from clplat.composition import Composite
@@ -19,52 +20,23 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
-from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData
-from clplat.streams.experience import Experience, Stream
+from clplat.streams.experience import Experience
 from clplat.streams.inputs import Inputs
 
 D, C, K = 5, 6, 3
+learner = partial(tiny.learner, optimizer=partial(torch.optim.Adam, lr=1e-2))
 
 
-def stream() -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = torch.randint(2 * k, 2 * k + 2, (40,), generator=generator)
-        data = TensorData(torch.randn(40, D, generator=generator) + 0.5 * y[:, None], y)
-        parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, length=0)
-
-
-def learner(strategy: Strategy | None = None, **options: Any) -> Learner:
-    torch.manual_seed(1)
-    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[7])
-    return Learner(net, objective_for("class"), strategy, partial(torch.optim.Adam, lr=1e-2), **options)
-
-
-def trained(trainer: Callable, strategy: Strategy | None) -> Learner:
-    made = learner(strategy)
-    Run(stream(), made, trainer(), Training(batch_size=8, epochs=2)).go()
-    return made
-
-
-def shaken(made: Learner, scale: float = 0.1) -> None:
-    with torch.no_grad():
-        for p in made.net.parameters():
-            p.add_(scale * torch.randn_like(p))
+def trained(strategy: Strategy | None) -> Learner:
+    return tiny.trained(learner(strategy), epochs=2)
 
 
 def term(made: Learner) -> Tensor:
     batch = stream()[0].train.batch(torch.arange(4))
     return made.strategy.loss(made, batch, made(batch))["ewc"]
-
-
-def flat(made: Learner) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in made.weights().values()])
 
 
 CASES = {"ewc": Case({"strength": 50.0, "examples": 20}, off={"strength": 0.0})}
@@ -193,33 +165,41 @@ def test_the_state_goes_through_a_safe_checkpoint() -> None:
 
 
 def test_tied_weights_count_once() -> None:
-    made, quadratic = learner(), Quadratic()
-    alone = sum(w.numel() for w in made.weights().values())
-    made.net.again = nn.Linear(7, C, bias=False)
-    made.net.again.weight = made.net.head.linear.weight
-    weights = made.weights()
+    made = learner(hidden=(7, 7, 7))
+    one, two = (m for m in made.net.modules() if isinstance(m, nn.Linear) and m.weight.shape == (7, 7))
+    two.weight = one.weight
+    quadratic, weights = Quadratic(), made.weights()
     quadratic.renew({n: torch.ones_like(w) for n, w in weights.items()}, weights)
-    one = quadratic.penalty({n: w + 1 for n, w in weights.items()}, 2.0)
-    assert float(one.detach()) == pytest.approx(alone, rel=1e-5)
+    value = quadratic.penalty({n: w + 1 for n, w in weights.items()}, 2.0)
+    numbers = (5 * 7 + 7) + (7 * 7 + 7) + 7 + (7 * 6 + 6)  # a layer each; of the tied one its bias alone
+    assert float(value.detach()) == pytest.approx(numbers, rel=1e-5)
 
 
-def test_it_trains_and_holds_the_weights_back(trainer: Callable) -> None:
-    moved = {}
-    for strength in (0.0, 1e4):
-        ends: list[Tensor] = []
+class Ends(Strategy):
+    """Keeps the weights at the end of each experience."""
 
-        class Watch(Strategy):
-            def after_experience(self, learner: Learner, experience: Experience) -> None:
-                ends.append(flat(learner))  # noqa: B023 - used at once
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
 
-        trained(trainer, Composite({"ewc": EWC(strength=strength, examples=20), "watch": Watch()}))
-        moved[strength] = float((ends[-1] - ends[0]).norm())
-    assert 0 < moved[1e4] < moved[0.0]
+    def after_experience(self, learner: Learner, experience: Experience) -> None:
+        self.kept.append(flat(learner))
+
+
+def test_it_holds_the_weights_back_and_the_more_the_stronger() -> None:
+    moved, starts = [], []
+    for strength in (0.0, 100.0, 1e4):
+        ends = Ends()
+        trained(Composite({"ewc": EWC(strength=strength, examples=20), "ends": ends}))
+        starts.append(ends.kept[0])
+        moved.append(float((ends.kept[1] - ends.kept[0]).norm()))
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])  # nothing is held in the first
+    assert moved[2] < moved[1] < moved[0], moved
 
 
 def test_strength_zero_is_finetuning_bit_for_bit(trainer: Callable) -> None:
-    off = trained(trainer, EWC(strength=0.0))
-    assert torch.equal(flat(trained(trainer, None)), flat(off))
+    off = trained(EWC(strength=0.0))
+    assert torch.equal(flat(trained(None)), flat(off))
     assert off.strategy.stored_bytes() == 0  # and no time was spent on a Fisher
 
 

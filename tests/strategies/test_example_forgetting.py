@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from cases import Case
 from hydra import compose, initialize_config_module
+from tiny import Killed
 from torch import Tensor
 
 from clplat import checkpoint
@@ -33,29 +35,16 @@ from clplat.strategies.joint import Joint
 from clplat.strategies.rehearsal_budget import RehearsalBudget
 from clplat.strategies.replay import Replay
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import UNSCORED, Batch, Experience, Stream
+from clplat.streams.experience import UNSCORED, Batch
 from clplat.streams.inputs import Inputs
 from clplat.train import train
 
 K, N, D, C = 3, 40, 3, 6
-
-
-def stream() -> Stream:
-    """Hard enough that examples are forgotten."""
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = 2 * k + torch.arange(N) % 2
-        data = TensorData(torch.randn(N, D, generator=generator) + 0.3 * y[:, None], y)
-        parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", C, features=D, length=0)
+stream = partial(tiny.stream, features=3, shift=0.3, alternating=True)  # hard enough that examples are forgotten
 
 
 def learner(strategy: Strategy | None, dropout: float = 0.2) -> Learner:
-    torch.manual_seed(1)
-    net = mlp(Inputs(features=D, length=0), partial(Head, outputs=C), hidden=[7], dropout=dropout)
-    return Learner(net, objective_for("class"), strategy, partial(torch.optim.SGD, lr=0.5))
+    return tiny.learner(strategy, stream(), lr=0.5, dropout=dropout)
 
 
 class Naive(Strategy):
@@ -188,9 +177,6 @@ def test_a_run_against_a_naive_count(partner: str, trainer: Callable) -> None:
 
 @pytest.mark.parametrize("kill", [7, 22])
 def test_killed_in_an_experience_the_last_answers_are_kept(kill: int, trainer: Callable, tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
     class Dying(Run):
         def save(self) -> None:
             super().save()

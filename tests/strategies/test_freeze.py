@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from cases import Case
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from clplat.streams.experience import Experience, Stream
 from clplat.streams.inputs import Inputs
 
 K, N, D = 3, 40, 5
+stream = partial(tiny.stream, shift=0.7, alternating=True)
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5),
     "adam_l2": partial(torch.optim.Adam, lr=1e-2, weight_decay=0.5),
@@ -46,16 +48,6 @@ class Normed(Block):
         self, hidden: Tensor, state: State | None = None, reset: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         return self.dropout(self.norm(self.linear(hidden)).relu()), None
-
-
-def stream() -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = 2 * k + torch.arange(N) % 2
-        data = TensorData(torch.randn(N, D, generator=generator) + 0.7 * y[:, None], y)
-        parts.append(Experience(k, str(k), (2 * k, 2 * k + 1), train=data, test=data))
-    return Stream("tiny", tuple(parts), "class_incremental", "class", 6, features=D, length=0)
 
 
 def learner(net: Net, strategy: Strategy | None, optimizer: str = "adamw", **options: Any) -> Learner:

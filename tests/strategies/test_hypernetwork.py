@@ -13,7 +13,7 @@ import torch
 from cases import Case
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import instantiate
-from tiny import only
+from tiny import only, sequences
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -37,8 +37,7 @@ from clplat.strategies.hypernetwork import Hypernetwork
 from clplat.strategies.joint import Joint
 from clplat.strategies.lwf import LwF
 from clplat.strategy import Strategy
-from clplat.streams.data import TensorData
-from clplat.streams.experience import Batch, Experience, Stream
+from clplat.streams.experience import Batch, Experience
 from clplat.streams.inputs import Inputs
 from clplat.streams.permuted_copy import permuted_copy
 
@@ -46,19 +45,6 @@ K, C, T, D = 3, 6, 5, 4
 INPUTS = Inputs(features=D, length=T)
 TASKS = [(0, 1), (2, 3), (4, 5)]
 ADAM = partial(torch.optim.Adam, lr=1e-2)
-
-
-def stream(tasks: bool = True) -> Stream:
-    generator = torch.Generator().manual_seed(5)
-    parts = []
-    for k in range(K):
-        y = torch.randint(2 * k, 2 * k + 2, (48,), generator=generator)
-        x = torch.randn(48, T, D, generator=generator) + (y % 2 * 2.0 - 1)[:, None, None]
-        data = TensorData(x, y, task=k if tasks else None)
-        parts.append(Experience(k, str(k), TASKS[k], data, data, task_label=k if tasks else None))
-    return Stream(
-        "tiny", tuple(parts), "task_incremental" if tasks else "class_incremental", "class", C, features=D, length=T
-    )
 
 
 def net(tasks: bool = True) -> Net:
@@ -86,8 +72,8 @@ def generated(made: Learner) -> GeneratedNet:
 def taught(**options: Any) -> Learner:
     """A learner in its third task, with gradients and an optimiser that has taken steps."""
     made = learner(strategy(**options))
-    made.strategy.setup(made, stream())
-    for experience in stream():
+    made.strategy.setup(made, sequences())
+    for experience in sequences():
         made.begin(experience)
         optimizer = made.handover.begin(made.parameter_groups())
         for _ in range(3):
@@ -157,7 +143,7 @@ def test_the_regulariser_against_its_definition(targets: str, lookahead: bool) -
     (3.0 / 2 * total).backward()
     assert float(total.detach()) > 0
 
-    made.strategy.gradients(made, stream()[2].train.batch(torch.arange(4)))
+    made.strategy.gradients(made, sequences()[2].train.batch(torch.arange(4)))
     for name, p in parameters.items():
         gradient = theta[name].grad
         assert p.grad is not None and gradient is not None
@@ -173,7 +159,7 @@ def test_a_subset_is_drawn_anew_and_stands_for_all_on_average() -> None:
     def added() -> Tensor:
         for p, g in zip(parameters, task, strict=True):
             p.grad = g.clone()
-        made.strategy.gradients(made, stream()[2].train.batch(torch.arange(4)))
+        made.strategy.gradients(made, sequences()[2].train.batch(torch.arange(4)))
         return torch.cat([(p.grad - g).flatten() for p, g in zip(parameters, task, strict=True) if p.grad is not None])
 
     drawn = torch.stack([added() for _ in range(40)])
@@ -186,7 +172,7 @@ def test_a_subset_is_drawn_anew_and_stands_for_all_on_average() -> None:
 def test_beta_zero_keeps_and_adds_nothing() -> None:
     made = taught(beta=0.0)
     before = [p.grad.clone() for p in made.net.parameters() if p.grad is not None]
-    made.strategy.gradients(made, stream()[2].train.batch(torch.arange(4)))
+    made.strategy.gradients(made, sequences()[2].train.batch(torch.arange(4)))
     assert all(torch.equal(p.grad, g) for p, g in zip(made.net.parameters(), before, strict=True) if p.grad is not None)
     embeddings = (1 + 2) * 3 * 4  # current and learned
     assert made.strategy.stored_bytes() == embeddings
@@ -199,14 +185,14 @@ def test_old_embeddings_stay_bitwise_and_the_net_is_generated_once_a_pass() -> N
     before, current = learned.clone(), generated(made).embeddings.current.detach().clone()
     calls: list[Tensor] = []
     generated(made).generator.register_forward_hook(lambda module, args, out: calls.append(args[0]))
-    made(stream()[2].train.batch(torch.arange(4)))
+    made(sequences()[2].train.batch(torch.arange(4)))
     assert len(calls) == 1
-    made.strategy.gradients(made, stream()[2].train.batch(torch.arange(4)))
+    made.strategy.gradients(made, sequences()[2].train.batch(torch.arange(4)))
     assert made.optimizer is not None
     made.optimizer.step()
     assert torch.equal(generated(made).embeddings.learned, before)  # pyright: ignore[reportArgumentType]
     assert not torch.equal(generated(made).embeddings.current, current)
-    made.end(stream()[2])
+    made.end(sequences()[2])
     assert torch.equal(generated(made).embeddings.embedding(2), generated(made).embeddings.current)
     assert torch.equal(generated(made).embeddings.embedding(0), before[0])
 
@@ -221,7 +207,7 @@ def test_it_holds_what_it_generated(trainer: Callable) -> None:
                 ends.append({n: w.clone() for n, w in generated(learner).weights_for(0).items()})  # noqa: B023 - used at once
 
         made = learner(Composite({"hypernetwork": strategy(beta=beta), "watch": Watch()}))
-        Run(stream(), made, trainer(), Training(batch_size=16, epochs=4)).go()
+        Run(sequences(), made, trainer(), Training(batch_size=16, epochs=4)).go()
         drift[beta] = max(float((ends[-1][n] - w).abs().max()) for n, w in ends[0].items() if "head" not in n)
     assert drift[100.0] < 0.2 * drift[0.0]
 
@@ -354,9 +340,9 @@ def test_task_inference_takes_the_lowest_entropy_of_each_row(kind: str) -> None:
 
 def test_without_task_labels_predict_infers_and_with_them_it_does_not(trainer: Callable) -> None:
     made = learner(strategy(), tasks=False)
-    Run(stream(tasks=False), made, trainer(), Training(batch_size=16, epochs=1)).go()
+    Run(sequences(tasks=False), made, trainer(), Training(batch_size=16, epochs=1)).go()
     made.eval()
-    batch = stream(tasks=False)[0].test.batch(torch.arange(20))
+    batch = sequences(tasks=False)[0].test.batch(torch.arange(20))
     with torch.no_grad():
         output = made.net(batch)
         told = Batch(x=batch.x, y=batch.y, task=torch.zeros(20, dtype=torch.long))
@@ -413,7 +399,7 @@ def test_nets_that_cannot_be_generated_are_refused() -> None:
     def setup(body: Net, **options: Any) -> None:
         made = learner(strategy(**options))
         made.net = body
-        made.strategy.setup(made, stream())
+        made.strategy.setup(made, sequences())
 
     with pytest.raises(ValueError, match="no recurrent matrices"):
         setup(transformer(INPUTS, partial(Head, outputs=C), hidden=8, layers=1, heads=2), orthogonal=1.0)
@@ -427,8 +413,8 @@ def test_values_without_task_labels_are_refused_before_training() -> None:
     made = learner(strategy(), tasks=False)
     made.objective = objective_for("value")
     with pytest.raises(ValueError, match="Regression has none: use a task-incremental stream"):
-        made.strategy.setup(made, stream(tasks=False))
-    made.strategy.setup(made, stream())
+        made.strategy.setup(made, sequences(tasks=False))
+    made.strategy.setup(made, sequences())
 
 
 def test_the_published_experiment_composes() -> None:

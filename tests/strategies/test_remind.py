@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
-from tiny import only
+from tiny import killed_and_resumed, only
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clplat import checkpoint
 from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
@@ -526,35 +525,23 @@ def test_the_base_has_the_ordinary_rate(trainer: Callable) -> None:
 # Runs
 
 
-def killed_and_resumed(trainer: Callable, tmp_path: Path, make: Callable[[], tuple[Stream, Learner]], at: int) -> None:
+def assert_resumed_exactly(
+    trainer: Callable, tmp_path: Path, make: Callable[[], tuple[Stream, Learner]], at: int
+) -> None:
     often = Training(batch_size=8, epochs=1, chunk=3, checkpoint_every_n_steps=1)
 
-    class Killed(BaseException):
-        pass
+    def start(folder: Path | None) -> Run:
+        torch.manual_seed(0)
+        return Run(*make(), trainer(), often, folder=folder)
 
-    class Dying(Run):
-        saves = 0
-
-        def save(self) -> None:
-            super().save()
-            self.saves += 1
-            if self.saves == at:
-                raise Killed
-
-    for folder in ("whole", "broken"):
-        (tmp_path / folder).mkdir()
-    of, whole = make()
-    expected = Run(of, whole, trainer(), often, folder=tmp_path / "whole").go()
-    of, broken = make()
-    with pytest.raises(Killed):
-        Dying(of, broken, trainer(), often, folder=tmp_path / "broken").go()
-    of, made = make()
-    run = Run(of, made, trainer(), often, folder=tmp_path / "broken")
-    run.resume(checkpoint.load(tmp_path / "broken" / "last.ckpt"))
-    assert torch.equal(run.go().R, expected.R)
-    for name, value in whole.state_dict().items():
+    whole = start(None)
+    expected = whole.go()
+    resumed = killed_and_resumed(start, tmp_path, at)
+    assert torch.equal(resumed.results.R, expected.R)
+    state = resumed.learner.state_dict()
+    for name, value in whole.learner.state_dict().items():
         if isinstance(value, Tensor):
-            assert torch.equal(value, made.state_dict()[name]), name
+            assert torch.equal(value, state[name]), name
 
 
 @pytest.mark.parametrize("at", [4, 8, 11])
@@ -564,7 +551,7 @@ def test_killed_and_resumed_with_a_kept_optimiser_on_ragged_tags(trainer: Callab
         adam = partial(torch.optim.Adam, lr=1e-2)
         return tagging(), learner(strategy, tagging(), "transformer", optimizer=adam, optimizer_state="kept")
 
-    killed_and_resumed(trainer, tmp_path, make, at)
+    assert_resumed_exactly(trainer, tmp_path, make, at)
 
 
 @pytest.mark.parametrize("at", [9, 12])
@@ -572,7 +559,7 @@ def test_killed_and_resumed_with_rates_by_class(trainer: Callable, tmp_path: Pat
     def make() -> tuple[Stream, Learner]:
         return stream(mixed=True), learner(remind(capacity=30, final_after=6, every=2), stream(mixed=True))
 
-    killed_and_resumed(trainer, tmp_path, make, at)
+    assert_resumed_exactly(trainer, tmp_path, make, at)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "transformer"])
