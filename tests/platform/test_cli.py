@@ -99,7 +99,7 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["strategy=packnet"], "needs task labels (stream.task_incremental=true)"),
         (["strategy=chunked_hypernetwork", "strategy.chunked_hypernetwork.hidden=50"], "hidden: got 50, expected a list"),
         (["strategy=lwf", "strategy.lwf.strength=[1,x]"], "strategy.lwf.strength[1]: got 'x', expected a number"),
-        (["strategy=freeze", "strategy.freeze.blocks=9"], "clplat: strategy.freeze.blocks: got 9, this net has 1"),
+        (["strategy=freeze", "strategy.freeze.blocks=9"], "clplat: strategy.freeze.blocks: got 9, it must lie in 0..1"),
         (["strategy=remind", "strategy.remind.parts=7"], "clplat: strategy.remind.parts: got 7, vectors of width 8 can be cut"),
         (["strategy=remind", "strategy.remind.cut=9"], "clplat: strategy.remind.cut: got 9, the net has 1 blocks"),
         (["strategy=ewc", "stream=text"], "set strategy.ewc.fisher=sampled or strategy.ewc.fisher=empirical."),
