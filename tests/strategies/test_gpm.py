@@ -138,9 +138,9 @@ def net(kind: str) -> Net:
 def start(trainer: Callable, kind: str, strategy: GPM, optimizer: Callable, count: int = 3) -> Run:
     torch.manual_seed(1)
     parts = experiences(kind)[:count]
-    shape: dict[str, Any] = {"features": 4, "steps": 0 if kind == "mlp" else 3}
+    shape: dict[str, Any] = {"features": 4, "length": 0 if kind == "mlp" else 3}
     if kind == "tokens":
-        shape = {"vocabulary": 9, "steps": 2}
+        shape = {"vocabulary": 9, "length": 2}
     stream = Stream("tiny", tuple(parts), "class_incremental", "class", 6, **shape)
     learner = Learner(net(kind), objective_for("class"), strategy, optimizer).double()
     return Run(stream, learner, trainer(), Training(batch_size=3, steps=15))
