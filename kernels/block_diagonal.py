@@ -7,6 +7,8 @@ Letters: B batch, T time, N blocks, b rows and columns of a block.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def _reference(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool) -> 
     return flipped(torch.stack(rows, 1), reverse).to(u.dtype), (h,)
 
 
-def _code(backend: str):
+def _code(backend: str) -> ModuleType:
     if backend == "cpu":
         from clplat.kernels import block_diagonal_cpu as code
     else:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -421,7 +422,7 @@ def _run(
     return y.to(gates.dtype), last.unbind(0)
 
 
-def _code(on_triton: bool):
+def _code(on_triton: bool) -> ModuleType:
     if on_triton:
         from clplat.kernels import cells_triton as code
     else:
@@ -445,7 +446,9 @@ def _forward(
     return forward(gates, recurrent, extra, state, keep, cell, options, reverse, _SAVED[cell])
 
 
-def _like(gates: Tensor, recurrent: Tensor, extra: Tensor | None, state: Tensor, keep: Any, cell: str, *_: Any):
+def _like(
+    gates: Tensor, recurrent: Tensor, extra: Tensor | None, state: Tensor, keep: Any, cell: str, *_: Any
+) -> tuple[Tensor, ...]:
     b, t, n, d = (gates.shape[i] for i in (0, 1, 2, 4))
     return gates.new_empty(b, t, n, d), state, state.new_empty(b, t, n, _SAVED[cell], d)
 
@@ -500,7 +503,9 @@ def _backward(
     return dgates, drecurrent.to(recurrent.dtype), dextra, dstate
 
 
-def _gradients_like(y: Tensor, saved: Any, last: Any, recurrent: Tensor, extra: Tensor | None, state: Tensor, *_: Any):
+def _gradients_like(
+    y: Tensor, saved: Any, last: Any, recurrent: Tensor, extra: Tensor | None, state: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
     b, t, n, d = y.shape
     return y.new_empty(b, t, n, recurrent.shape[1], d), recurrent, extra, state
 

@@ -7,6 +7,7 @@ Letters: B batch, T time, D channels, S states a channel.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _reference(
     return flipped(torch.stack(rows, 1), reverse).to(x.dtype), (h,)
 
 
-def _code(backend: str):
+def _code(backend: str) -> ModuleType:
     if backend == "cpu":
         from clplat.kernels import selective_cpu as code
     else:
@@ -121,7 +122,9 @@ def _forward(
     return _code(backend).forward(x, dt, b, c, a, skip, h, keep, reverse)
 
 
-def _like(x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, skip: Tensor, h: Tensor, *_: Any):
+def _like(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, skip: Tensor, h: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     rows, steps, width = x.shape
     return x, h, h.new_empty(rows, (steps + CHUNK - 1) // CHUNK, h.shape[2], width)
 

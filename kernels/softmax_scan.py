@@ -7,6 +7,8 @@ Letters: B batch, T time, N heads, d width of a head's values.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def _reference(s: Tensor, v: Tensor, lse: Tensor, o: Tensor, keep: Tensor, rever
     return flipped(torch.stack(rows, 1), reverse).to(v.dtype), (lse, o)
 
 
-def _code(backend: str):
+def _code(backend: str) -> ModuleType:
     if backend == "cpu":
         from clplat.kernels import softmax_scan_cpu as code
     else:

@@ -7,6 +7,7 @@ Letters: B batch, T time, D channels.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _reference(
     return flipped(torch.stack(rows, 1), reverse).to(v.dtype), (num, den, top)
 
 
-def _code(backend: str):
+def _code(backend: str) -> ModuleType:
     if backend == "cpu":
         from clplat.kernels import wkv_cpu as code
     else:
@@ -112,7 +113,9 @@ def _forward(
     return _code(backend).forward(k, v, w, u, num, den, top, keep, reverse)
 
 
-def _like(k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor, *_: Any):
+def _like(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, num: Tensor, den: Tensor, top: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     b, t, d = v.shape
     return v, num, den, top, num.new_empty(3, b, (t + CHUNK - 1) // CHUNK, d)
 
