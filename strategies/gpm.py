@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.importance.recorder import Recorder, Use
+from clplat.importance.recorder import Recorder
+from clplat.importance.use import Use
 from clplat.learners.learner import Learner
 from clplat.learners.modes import evaluating
 from clplat.learners.nets.heads import TaskHead

@@ -9,8 +9,9 @@ import torch
 from clplat import checks
 from clplat.learners.learner import Learner
 from clplat.per_task.generated import GeneratedNet, TaskEmbeddings
-from clplat.per_task.generators import Generator, Piece, Recurrent
+from clplat.per_task.generators import Generator, Piece
 from clplat.per_task.net import label_of
+from clplat.per_task.recurrent import Recurrent
 from clplat.per_task.regularizer import OutputRegularizer
 from clplat.per_task.strategy import GeneratedWeights
 from clplat.streams.experience import Experience, Stream

@@ -29,31 +29,24 @@ READ = 256
 
 
 class Remind(Strategy):
-    """Learns a stream on a frozen, quantised front: only what lies above block `cut` goes on learning.
+    """REMIND: a frozen, quantised front; only what lies above block `cut` goes on learning.
 
     1. Base initialisation: the first `base_experiences` experiences are trained together, the whole net and as usual.
-    2. Then all below `cut` is frozen (weights, buffers, evaluation mode). A product quantiser is fitted to the features
-       that enter block `cut` on the base training set, each valid time step one vector; the base set is encoded
-       into the store.
+    2. Then all below `cut` is frozen. A product quantiser is fitted to the features that enter block `cut` on the base
+       training set, each valid time step one vector; the base set is encoded into the store.
     3. From then on each step encodes and decodes the current rows, decodes `rows` stored ones, and trains what is above
        on all of them with equal weight. After the step the current rows' codes enter the store. With `mixup` = a > 0
        twice as many rows are drawn and mixed in pairs, A and B, with one lambda ~ Beta(a, a) a step: features
-       lambda A + (1 - lambda) B, loss lambda J(y_A) + (1 - lambda) J(y_B). Current rows are not mixed. A pair of
-       different lengths is cropped to the first steps that both have; a pair of different tasks (or of different
-       experiences, where only an experience's own classes compete) stays A alone.
+       lambda A + (1 - lambda) B, loss lambda J(y_A) + (1 - lambda) J(y_B); see `clplat.rehearsal.quantised.mixed`.
     4. Features are quantised at test time as well.
 
     The learning rate is a function of how often a class was seen: for the row that is number k (from 0) of its class in
-    the stream, that of the optimiser and schedule times final ** min(1, every * floor(k / every) / final_after): the
-    paper's steps from 0.1 to 0.001 with the defaults and `optimizer.lr=0.1`. A batch of several rows takes the
-    mean of its current rows' rates.
-
-    The paper's stream is `training.batch_size=1 training.epochs=1`; larger batches, and more passes (which offer every
-    row to the store again), are an extension. Deviations and open details: the paper's random resized crops of
-    feature maps have no counterpart on sequences and are left out; the quantiser sees `fit_vectors` vectors, not all;
-    the rate never falls below `final` (a class of the
-    paper ends there); it is set before the step for the row's own class (the authors' code sets it after); among
-    classes with equally many rows the one met first loses a row.
+    the stream, that of the optimiser and schedule times final ** min(1, every * floor(k / every) / final_after). The
+    defaults are the paper's steps, with `optimizer.lr=0.1`. A batch takes the mean of its current rows' rates.
+    The paper's stream is `training.batch_size=1 training.epochs=1`; larger batches and more passes are an extension.
+    Deviations: no random resized crops; the quantiser sees `fit_vectors` vectors, not all; the rate never falls below
+    `final`, and is set before the step (the authors' code sets it after); among classes with equally many rows the one
+    met first loses a row.
 
     Args:
         capacity: sequences stored.
@@ -64,13 +57,12 @@ class Remind(Strategy):
         iterations: of its k-means, at most.
         rows: replayed rows a step, null: as many as the batch has, 0: none. Never more than are held (half, if mixed).
         mixup: a of Beta(a, a), 0: no mixing.
-        policy: "class_balanced" (a full store drops a random row of the class with most rows, the new one included) or
-            "reservoir" (a uniform sample of all, for targets that are not one class a sequence).
+        policy: "class_balanced" (`LargestFirst`) or "reservoir" (for targets that are not one class a sequence).
         final: factor of the learning rate that a class ends with, in 0..1; 1: no schedule by class.
         final_after: rows of a class until then.
         every: the rate is lowered each time this many rows of a class were seen.
-        base_experiences: how many experiences are the base; they are trained as the first one, on their union.
-        base_passes: the base is passed over this many times as often as other experiences.
+        base_experiences: experiences of the base, trained as the first one on their union.
+        base_passes: passes over the base for each over other experiences.
         seed: of the quantiser, the store and mixup.
     """
 
@@ -113,7 +105,7 @@ class Remind(Strategy):
         self.met: Counter[int] = Counter()
         """How many rows of each class the stream has shown so far, the base not counted."""
         self._base: Data | None = None
-        # Of the batch being learned: its classes on the CPU, its codes, and the share of the batch's own targets.
+        # Of the batch being learned: its classes, its codes, and the share of the batch's own targets.
         self._classes: Tensor | None = None
         self._fresh: Batch | None = None
         self._share = 1.0

@@ -3,9 +3,9 @@
 The gradient of one example by a weight matrix is a sum over time steps of (gradient by the layer's output) x (layer's
 input). One batched backward pass gives the first factor for all examples at once, since the rows of a batch do not
 depend on one another; the second is known from the forward pass (Goodfellow 2015, arXiv 1510.01799; with a sum over
-time before squaring). Both come from `clplat.importance.recorder`. Where a parameter is used in a way that is not recorded there,
-`torch.func.vmap` runs the passes of single examples side by side: several times as slow, and right for all that it can
-run. What it cannot (a number taken out of a tensor, a tensor written to) goes example by example.
+time before squaring). Both come from `clplat.importance.recorder`. For uses of a parameter that it does not record,
+`torch.func.vmap` runs the passes of single examples side by side: slower, and right for all that it can
+run. What it cannot goes example by example.
 
 Letters: B batch, S steps, M and N rows and columns of a weight matrix, V embeddings.
 """
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clplat.importance.recorder import Recorder, Use, reached
+from clplat.importance.recorder import Recorder
+from clplat.importance.use import Use, reached
 from clplat.streams.experience import Batch
 from clplat.weights import functional
 
@@ -33,7 +34,6 @@ CACHE = 2**20
 
 AT_ONCE = 2**24
 """Numbers of per-example gradients that `torch.func.vmap` makes at once; three times as many are held."""
-
 STEPS_AT_ONCE = 2**15
 """Time steps of all examples together that it runs at once."""
 
@@ -176,28 +176,22 @@ class SquaredGradients:
 
 
 class AbsoluteGradients(SquaredGradients):
-    """The sum over examples, and over cotangents, of absolute gradients of single examples; otherwise as its base."""
+    """Sums of absolute gradients; otherwise as the base."""
 
     power = 1
 
 
 def _fields(batch: Batch) -> dict[str, Any]:
-    """The fields that are there, `extra` among them: what `torch.func.vmap` goes through."""
     return {f.name: getattr(batch, f.name) for f in fields(batch) if getattr(batch, f.name) is not None}
 
 
 def _batch_of(row: dict[str, Any]) -> Batch:
-    """A batch of one example from its fields without the first dimension."""
     extra = {name: t[None] for name, t in row["extra"].items()}
     return Batch(**{name: t[None] for name, t in row.items() if name != "extra"}, extra=extra)
 
 
 def _add_power(total: Tensor, gradient: Tensor, power: int) -> None:
-    """Add |gradient|^power."""
-    if power == 2:
-        total.addcmul_(gradient, gradient)
-    else:
-        total.add_(gradient.abs())
+    total.addcmul_(gradient, gradient) if power == 2 else total.add_(gradient.abs())
 
 
 def _add_powers(total: Tensor, pairs: list[tuple[Use, Tensor]], power: int) -> None:

@@ -11,33 +11,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-Kind = Literal["matrix", "rows", "scale", "shift"]
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-        kind: what the parameter does: matrix (of a linear layer), rows (of an embedding), scale, shift.
-        edge: where the gradient by the layer's output arrives, [B, ...].
-        factor: what it is multiplied with: inputs [B, ..., N], ids [B, ...], normalised inputs; None for shifts.
-        skip: an embedding that gets no gradient, or -1.
-    """
-
-    kind: Kind
-    edge: GradientEdge
-    factor: Tensor | None
-    skip: int = -1
+from clplat.importance.use import Kind, Use, seeded
 
 
 class Recorder(TorchFunctionMode):
@@ -70,7 +52,6 @@ class Recorder(TorchFunctionMode):
         return func(*args, **kwargs) if result is NotImplemented else result
 
     def untapped(self) -> set[str]:
-        """Parameters whose uses cannot be put together."""
         bad = set()
         for name, several in self.uses.items():
             kinds = {use.kind for use in several}
@@ -92,7 +73,7 @@ class Recorder(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if not self._applies(input, weight, bias):
             return NotImplemented
-        out = F.linear(_seed(input), self._cut(weight), None if bias is None else self._cut(bias))
+        out = F.linear(seeded(input), self._cut(weight), None if bias is None else self._cut(bias))
         if out._is_view():  # of a matrix [B * T, N]; an activation in place would turn the graph round to that
             out = torch.ops.aten._unsafe_view(out, out.shape)
         self._note("matrix", out, weight, input)
@@ -112,7 +93,7 @@ class Recorder(TorchFunctionMode):
         special = max_norm is not None or scale_grad_by_freq or sparse
         if special or id(weight) not in self._names or len(input) != self.rows:
             return NotImplemented
-        out = F.embedding(input, _seed(weight.detach()))
+        out = F.embedding(input, seeded(weight.detach()))
         skip = -1 if padding_idx is None else padding_idx % len(weight)
         self._note("rows", out, weight, input, skip)
         return out
@@ -127,14 +108,14 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if not self._applies(input, weight, bias):
             return NotImplemented
-        return self._affine(F.layer_norm(_seed(input), normalized_shape, None, None, eps), weight, bias)
+        return self._affine(F.layer_norm(seeded(input), normalized_shape, None, None, eps), weight, bias)
 
     def _rms_norm(
         self, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
     ) -> Any:
         if not self._applies(input, weight):
             return NotImplemented
-        return self._affine(F.rms_norm(_seed(input), normalized_shape, None, eps), weight, None)
+        return self._affine(F.rms_norm(seeded(input), normalized_shape, None, eps), weight, None)
 
     def _batch_norm(
         self,
@@ -149,7 +130,7 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         if training or not self._applies(input, weight, bias):
             return NotImplemented
-        normal = F.batch_norm(_seed(input), running_mean, running_var, None, None, False, momentum, eps)
+        normal = F.batch_norm(seeded(input), running_mean, running_var, None, None, False, momentum, eps)
         return self._affine(normal.movedim(1, -1), weight, bias).movedim(-1, 1)
 
     def _affine(self, normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -198,8 +179,7 @@ class Recorder(TorchFunctionMode):
         return state[0] if len(state) == 1 else state
 
     def _gates(self, x: Tensor, w: Tensor, b: Tensor | None, b_recurrent: Tensor | None) -> Tensor:
-        """[B, T, M], the part of the gates that the recurrence is added to."""
-        gates = F.linear(_seed(x), self._cut(w), None if b is None else self._cut(b))
+        gates = F.linear(seeded(x), self._cut(w), None if b is None else self._cut(b))
         gates = gates if b_recurrent is None else gates + self._cut(b_recurrent)
         self._note("matrix", gates, w, x)
         for bias in (b, b_recurrent):
@@ -237,7 +217,7 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         (h,), outs = state, []
         for gate in self._gates(x, w, b, None).unbind(1):
-            own = F.linear(_seed(h), self._cut(u), None if b_recurrent is None else self._cut(b_recurrent))
+            own = F.linear(seeded(h), self._cut(u), None if b_recurrent is None else self._cut(b_recurrent))
             self._note("matrix", own, u, h)
             self._note("shift", own, b_recurrent, None)
             (r, z, n), (own_r, own_z, own_n) = gate.chunk(3, -1), own.chunk(3, -1)
@@ -268,24 +248,3 @@ class Recorder(TorchFunctionMode):
             hidden.append(activation(torch.addmm(gate, hidden[-1], recurrent)))
         self._note("matrix", gates, u, torch.stack(hidden[:-1], 1))
         return torch.stack(hidden[1:], 1), (hidden[-1],)
-
-
-def _seed(x: Tensor) -> Tensor:
-    # A layer whose input needs no gradient would have an output that none arrives at.
-    return x if x.requires_grad else x.detach().requires_grad_()
-
-
-def reached(logits: Tensor, weights: Mapping[str, nn.Parameter]) -> set[str]:
-    """The parameters that the graph of the logits ends in: those that no tap has cut off."""
-    names = {id(p): name for name, p in weights.items()}
-    found, seen, todo = set(), set(), [logits.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # only the nodes of leaves have one
-        if id(leaf) in names:
-            found.add(names[id(leaf)])
-        todo.extend(after for after, _ in node.next_functions)
-    return found

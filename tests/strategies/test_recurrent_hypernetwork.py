@@ -22,7 +22,8 @@ from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
 from clplat.per_task.generated import GeneratedNet
-from clplat.per_task.generators import Chunked, Piece, Recurrent
+from clplat.per_task.generators import Chunked, Piece
+from clplat.per_task.recurrent import Recurrent
 from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.ewc import EWC
