@@ -24,8 +24,7 @@ from clplat.streams.experience import Batch, Data, Experience, Stream
 from clplat.streams.loader import stable_seed
 from clplat.streams.union import UnionData
 
-READ = 256
-"""Examples of the base set encoded at once."""
+READ = 256  # examples of the base set encoded at once
 
 
 class Remind(Strategy):
