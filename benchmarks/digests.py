@@ -130,7 +130,7 @@ def _alone(overrides: list[str], folder: Path) -> dict[str, str]:
     import mlflow  # noqa: F401
 
     import clplat.cli
-    import clplat.run  # noqa: F401
+    import clplat.stepper  # noqa: F401
 
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("fork")

@@ -32,7 +32,7 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategy import Composite
 from clplat.streams.experience import Stream

@@ -40,7 +40,7 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification
 from clplat.lightning import pl
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.replay import Replay

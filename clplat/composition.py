@@ -76,7 +76,7 @@ class Composite(Strategy):
         if strategy is None:
             return cls({})
         name = type(strategy).__name__
-        return cls({re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower(): strategy})
+        return cls({re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower(): strategy})
 
     @property
     def named(self) -> dict[str, Strategy]:

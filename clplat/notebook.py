@@ -11,8 +11,8 @@ from torch import Tensor
 from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.lightning import pl, quiet_trainer, silenced
+from clplat.loop import Run
 from clplat.metrics import summary
-from clplat.run import Run
 from clplat.scores import Results
 from clplat.settings import Evaluation, Training
 from clplat.strategy import Strategy

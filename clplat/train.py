@@ -15,7 +15,7 @@ from clplat.config.refusing import ConfigError, refusing
 from clplat.report.summary import Names
 
 if TYPE_CHECKING:
-    from clplat.run import Run
+    from clplat.loop import Run
 
 
 def resumed(
@@ -62,10 +62,10 @@ def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | N
     folder = _writable(folder)
 
     from clplat.build import Parts
+    from clplat.loop import Run
     from clplat.report import folder as report
     from clplat.report.summary import summarise
     from clplat.report.tables import print_run
-    from clplat.run import Run
 
     label = names.varied or f"{names.strategy}, seed {cfg.seed}"
     parts = Parts.build(cfg, folder, label)

@@ -17,7 +17,7 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
 from clplat.lightning import quiet_trainer
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData

@@ -15,6 +15,7 @@ MOVED = {
     "clplat.penalty": "clplat.importance.penalty",
     "clplat.quantize": "clplat.rehearsal.product_quantizer",
     "clplat.run.Evaluation": "clplat.settings.Evaluation",
+    "clplat.run.Run": "clplat.loop.Run",
     "clplat.run.Silent": "clplat.tracking.base.NoTracker",
     "clplat.run.Training": "clplat.settings.Training",
     "clplat.streams.text.markov_text": "clplat.streams.markov_text.markov_text",

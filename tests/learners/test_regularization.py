@@ -31,7 +31,7 @@ from clplat.learners.nets.residual import residual
 from clplat.learners.objectives import objective_for
 from clplat.learners.optimizers import NTASGD
 from clplat.lightning import pl
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Evaluation, Training
 from clplat.strategy import Strategy
 from clplat.streams.data import TensorData

@@ -201,9 +201,9 @@ HEADS = ("auto", "shared", "growing", "task")
 def refusal(learner: str, head: str, stream: Stream) -> str | None:
     """What a learner must say that does not fit a stream."""
     if head == "task" and stream.scenario != "task_incremental":
-        return "learner.head: got 'task', which needs a task-incremental stream"
+        return "head: got 'task', which needs a task-incremental stream"
     if head == "growing" and stream.target != "class":
-        return "learner.head: got 'growing', which needs one class a sequence"
+        return "head: got 'growing', which needs one class a sequence"
     if learner == "bidirectional" and stream.target == "token":
         return "looks ahead and sees the next token"
     if learner == "mlp" and stream.per_step:

@@ -15,7 +15,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import Classification
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Evaluation, Training
 from clplat.streams.experience import Data, Stream, StreamError
 from clplat.streams.sources import digits

@@ -21,7 +21,7 @@ from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Classification, objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Evaluation, Training
 from clplat.stepper import NonFiniteLoss
 from clplat.strategies.ewc import EWC

@@ -136,7 +136,7 @@ def test_gem_solves_the_same_problem(margin: float, monkeypatch: pytest.MonkeyPa
 def test_lwf_distils_alike(tiny: Any, temperature: float) -> None:
     stream, strategy = tiny.stream(), LwF(strength=1.0, temperature=temperature)
     learner = tiny.learner(strategy, stream)
-    strategy.wrap(learner)
+    strategy.setup(learner, stream)
     learner.begin(stream[0])
     learner.end(stream[0])
     learner.begin(stream[1])
@@ -229,7 +229,7 @@ def test_rwalk_scores_alike_over_two_experiences(tiny: Any) -> None:
 def test_avalanche_ewc_squares_gradients_of_batches(tiny: Any) -> None:
     """Its importance is our "batched" estimate; only with batches of one is it the empirical Fisher."""
     stream = tiny.stream()
-    learner = tiny.learner(stream=stream)
+    learner = tiny.learner(of=stream)
     data, plain = stream[0].train, Plain(learner)
     peer = EWCPlugin(1.0)
     found = {}

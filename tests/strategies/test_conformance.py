@@ -22,7 +22,7 @@ from tiny import killed_and_resumed
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-import clplat.run
+import clplat.loop
 from clplat.composition import Composite
 from clplat.evaluate import evaluate
 from clplat.learners.learner import Learner
@@ -32,8 +32,8 @@ from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
 from clplat.lightning import quiet_trainer
+from clplat.loop import Run
 from clplat.rehearsal.buffer import Buffer
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategy import Strategy
 from clplat.streams.data import Examples, TensorData
@@ -170,7 +170,7 @@ def train(strategy: Strategy | None, net: str, tasks: bool = False, **options: A
     torch.manual_seed(0)
     Guarded.leaks = 0  # the shapes are looked at before training
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clplat.run, "evaluate", watched)
+        patch.setattr(clplat.loop, "evaluate", watched)
         run.go()
     return Trained(run, Guarded.leaks, tracker.names)
 

@@ -15,7 +15,7 @@ from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.cwr_star import CWRStar
 from clplat.strategy import Strategy

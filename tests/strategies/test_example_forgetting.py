@@ -24,9 +24,9 @@ from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Output
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.rehearsal.example_forgetting import NEVER, MostForgotten, Presentations, answered_right, forgetting_scores
 from clplat.report.summary import Names
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.example_forgetting import ExampleForgetting

@@ -19,8 +19,8 @@ from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.net import Block, Net, State
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.probes.recoverability import recoverability
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.freeze import Freeze
 from clplat.strategy import Strategy

@@ -27,12 +27,12 @@ from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.per_task.generated import GeneratedNet, TaskEmbeddings, _drawn
 from clplat.per_task.generators import Chunked, Full, Generator, Piece
 from clplat.per_task.net import lowest_entropy
 from clplat.per_task.recurrent import Recurrent
 from clplat.per_task.regularizer import orthogonality
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.hypernetwork import Hypernetwork
 from clplat.strategies.joint import Joint

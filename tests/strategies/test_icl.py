@@ -18,7 +18,7 @@ from clplat.learners.nets.heads import GrowingHead, Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.icl import ICL

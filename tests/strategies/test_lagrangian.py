@@ -18,7 +18,7 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import Tagging, objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.lagrangian import Lagrangian
 from clplat.strategy import Strategy

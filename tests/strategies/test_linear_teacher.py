@@ -20,8 +20,8 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.metrics import summary
-from clplat.run import Run
 from clplat.scores import ScoreTable
 from clplat.settings import Training
 from clplat.strategy import Session, Strategy

@@ -19,9 +19,9 @@ from clplat.learners.nets.heads import Head, TaskHead
 from clplat.learners.nets.net import Block, Net, State
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.per_task.masked import MaskedNet, TaskMasks, pack, unpack
 from clplat.per_task.net import lowest_entropy
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.packnet import PackNet
 from clplat.strategies.relevance_maps import RelevanceMaps
@@ -316,7 +316,7 @@ def test_without_task_labels_the_surest_task_answers(trainer: Callable) -> None:
     net, _, _ = run(trainer, RelevanceMaps(), tasks=False)
     batch = sequences(tasks=False)[1].test.batch(torch.arange(40))
     net.eval()
-    _, chosen = lowest_entropy(net, batch, "class", None)
+    _, chosen = lowest_entropy(net, batch, objective_for("class"))
     entropies = torch.stack([torch.special.entr(net.as_task(batch, k).logits.softmax(-1)).sum(-1) for k in range(K)])
     assert torch.equal(chosen, entropies.argmin(0))
 

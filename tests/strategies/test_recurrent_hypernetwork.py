@@ -21,10 +21,10 @@ from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import TaskHead
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.per_task.generated import GeneratedNet
 from clplat.per_task.generators import Chunked, Piece
 from clplat.per_task.recurrent import Recurrent
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.ewc import EWC
 from clplat.strategies.recurrent_hypernetwork import RecurrentHypernetwork

@@ -18,7 +18,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.rehearsal_budget import RehearsalBudget
 from clplat.strategies.rehearsal_environment import RehearsalEnvironment, environment

@@ -27,11 +27,11 @@ from clplat.learners.nets.net import Block, Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
+from clplat.loop import Run
 from clplat.per_task.masked import MaskedNet, TaskMasks
 from clplat.rehearsal.class_rate import class_rate
 from clplat.rehearsal.largest_first import LargestFirst
 from clplat.rehearsal.quantised import DECODED, OTHER_Y, Quantised
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.strategies.cumulative import Cumulative
 from clplat.strategies.ewc import EWC

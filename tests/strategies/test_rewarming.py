@@ -20,7 +20,7 @@ from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.nets.net import Output
 from clplat.learners.schedules import warmup_cosine
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.rehearsal_environment import RehearsalEnvironment
 from clplat.strategies.rewarming import Rewarming, infinite, rewarmed

@@ -18,7 +18,7 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import GrowingHead, Head, TaskHead
 from clplat.learners.nets.mlp import mlp
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.selective_init import SelectiveInit
 from clplat.strategy import Session, Strategy

@@ -16,7 +16,7 @@ from tiny import only
 from torch import Tensor, nn
 
 from clplat.learners.nets.heads import GrowingHead
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.settings import Training
 from clplat.strategies.time_vectors import TimeVectors
 from clplat.strategy import Session, Strategy

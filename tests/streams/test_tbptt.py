@@ -25,7 +25,7 @@ from clplat.learners.nets.net import Net
 from clplat.learners.nets.recurrent import recurrent
 from clplat.learners.nets.transformer import transformer
 from clplat.learners.objectives import objective_for
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.scores import Results
 from clplat.settings import Evaluation, Training
 from clplat.strategies.agem import AGEM

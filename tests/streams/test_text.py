@@ -18,8 +18,8 @@ from clplat.learners.learner import Learner
 from clplat.learners.nets.heads import Head
 from clplat.learners.nets.net import Block, Net, State
 from clplat.learners.objectives import NextToken
+from clplat.loop import Run
 from clplat.metrics import summary
-from clplat.run import Run
 from clplat.settings import Training
 from clplat.streams.experience import StreamError
 from clplat.streams.markov import MarkovSource, markov_seed, markov_source
