@@ -29,7 +29,7 @@ from clplat.rehearsal.policies import Reservoir
 from clplat.strategies.remind import Remind
 from clplat.streams.batch import concatenate
 from clplat.streams.data import TensorData
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.streams.inputs import Inputs
 
 BASE, STEPS, FEATURES, HIDDEN = 500, 28, 28, 128
@@ -47,7 +47,7 @@ def make(kind: str, strategy: Remind) -> Learner:
     made = Learner(net, Classification(), strategy, partial(torch.optim.SGD, lr=0.01))
     data = TensorData(torch.randn(BASE, STEPS, FEATURES), torch.randint(0, 10, (BASE,)))
     first = Experience(0, "base", tuple(range(10)), train=data, test=data)
-    strategy.wrap(made)
+    strategy.setup(made, Stream("base", (first, replace(first, index=1)), "class_incremental", "class", 10, FEATURES))
     made.begin(first)
     made.end(first)
     made.begin(replace(first, index=1))

@@ -26,6 +26,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
+from clplat.composition import Composite
 from clplat.learners.learner import Learner
 from clplat.learners.mixers.lstm import LSTM
 from clplat.learners.nets.heads import Head, TaskHead
@@ -34,7 +35,6 @@ from clplat.learners.objectives import Classification
 from clplat.lightning import pl
 from clplat.loop import Run
 from clplat.settings import Training
-from clplat.strategy import Composite
 from clplat.streams.experience import Stream
 from clplat.streams.sources import mnist, resolve_data_root
 from clplat.streams.split import split

@@ -85,7 +85,8 @@ def learner(
     of = stream() if of is None else of
     torch.manual_seed(1)
     net = mlp(of.inputs, head or head_for(of), hidden=list(hidden), dropout=dropout)
-    return Learner(net, objective_for(of.target), strategy, **{"optimizer": partial(torch.optim.SGD, lr=lr)} | options)
+    options = {"optimizer": partial(torch.optim.SGD, lr=lr)} | options
+    return Learner(net, objective_for(of.target), strategy, **options)
 
 
 def trained(

@@ -294,7 +294,8 @@ def test_fisher_factors_are_the_covariance_of_the_score(kind: str) -> None:
     logits, batch = logits[:1].double(), batch.rows(torch.arange(1))
     factors = torch.stack([f.flatten() for f in objective.fisher_factors(logits, batch)])
     generator, outer, draws = torch.Generator().manual_seed(0), 0, 4000
-    many = Batch(*(t.expand(draws, *t.shape[1:]) for t in (batch.x, batch.y)))
+    x, y = (t.expand(draws, *t.shape[1:]) for t in (batch.x, batch.y))
+    many = Batch(x, y)
     wide = logits.expand(draws, *logits.shape[1:]).clone().requires_grad_()
     drawn = Batch(many.x, objective.sample(wide.detach(), many, generator))
     (slope,) = torch.autograd.grad(objective.log_likelihood(wide, drawn).sum(), wide)

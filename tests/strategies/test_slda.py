@@ -196,7 +196,9 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 def test_what_it_cannot_do_is_refused_before_training() -> None:
     net = recurrent(Inputs(features=4, length=5), partial(Head, outputs=6), mixer=Elman, hidden=H)
-    with pytest.raises(ValueError, match="tells classes apart and gives no probabilities, which does not do for Regression"):
+    with pytest.raises(
+        ValueError, match="tells classes apart and gives no probabilities, which does not do for Regression"
+    ):
         SLDA().setup(Learner(net, objective_for("value"), SLDA()), stream())
     with pytest.raises(ValueError, match="slda and cumulative cannot be used both: each chooses what an experience"):
         Composite({"slda": SLDA(), "cumulative": Cumulative()})

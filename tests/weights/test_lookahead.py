@@ -35,7 +35,7 @@ class Restless(torch.optim.Optimizer):
         super().__init__(params, {"lr": torch.tensor(lr), "steps": 0, "rates": []})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # overloaded there
         for group in self.param_groups:
             group["lr"].mul_(0.5)
             group["steps"] += 1
