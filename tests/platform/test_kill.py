@@ -82,6 +82,6 @@ def test_sigkill_at_any_moment_then_resume_equals_uninterrupted(tmp_path):
     a, b = finished(whole), finished(cut)
     tensors = {k for k, v in a["learner"].items() if torch.is_tensor(v)}
     assert all(torch.equal(a["learner"][k], b["learner"][k]) for k in tensors)
-    assert torch.equal(a["results"]["rows"], b["results"]["rows"])
-    assert a["results"]["step"] == b["results"]["step"]
+    assert torch.equal(a["results"]["all"]["rows"], b["results"]["all"]["rows"])
+    assert a["results"]["all"]["step"] == b["results"]["all"]["step"]
     assert metrics_of(whole) == metrics_of(cut)
