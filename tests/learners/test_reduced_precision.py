@@ -60,6 +60,7 @@ def torch_can(dtype: torch.dtype) -> bool:
     return True
 
 
+@pytest.mark.slow  # a process of its own that compiles
 def test_recurrent_layers_train_in_half_precision_on_a_cpu_without_its_instructions() -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": paths}
