@@ -208,7 +208,7 @@ class Run:
             self.save()
             raise EndedEarly(
                 f"Training on experience {self.experience} ended after {self.step} of {length} steps: a callback or an "
-                "option of the Trainer ended it. Take that out; a resumed run goes on from here."
+                "option of the Trainer ended it. Begin anew without it."
             )
 
     def score(self, trained: int, final: bool) -> None:
