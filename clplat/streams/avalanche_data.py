@@ -86,6 +86,8 @@ def _stack(items: Sequence[Sequence[Any]]) -> Tensor:
 class _LazyData(Examples):
     """Reads whole batches through a reader."""
 
+    draws = False
+
     def __init__(self, reader: Reader, y: Tensor, options: Options, task: int | None) -> None:
         self.reader, self.y, self.options, self.task = reader, y, options, task
 

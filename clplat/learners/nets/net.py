@@ -109,11 +109,15 @@ class Net(nn.Module):
         features = self.read(hidden, batch.lengths)
         return Output(self.head(features, batch.task), features, new, self.penalties())
 
+    def embed(self, batch: Batch) -> Tensor:
+        """First hidden sequence; token ids may be integers of any kind."""
+        return self.embedding(batch.x if batch.x.is_floating_point() else batch.x.long())
+
     def lower(
         self, batch: Batch, cut: int, state: Sequence[State | None] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[State | None, ...]]:
         """Hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
-        hidden = self.embedding(batch.x)
+        hidden = self.embed(batch)
         return self._through(hidden, 0, cut, state, batch.reset if reset is None else reset, batch.lengths)
 
     def upper(

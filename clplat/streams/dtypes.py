@@ -1,0 +1,28 @@
+"""Number formats of inputs and targets: whatever floats and integers come, nets get float32 and int64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Integers that torch stores, and computes next to nothing with."""
+
+
+def plain_inputs(x: Tensor) -> Tensor:
+    """Inputs with floats of any precision as float32; integers and bools stay, since nets read them as token ids."""
+    if x.is_floating_point():
+        return x.float()
+    return x.long() if x.dtype in UNSIGNED else x
+
+
+def plain_targets(y: Tensor) -> Tensor:
+    """Targets with floats of any precision as float32, and integers and bools as int64."""
+    if y.is_floating_point():
+        return y.float()
+    return y.long() if is_integer(y) else y
+
+
+def is_integer(t: Tensor) -> bool:
+    """Whether a tensor holds integers or bools."""
+    return not t.is_floating_point() and not t.is_complex()

@@ -1,0 +1,54 @@
+"""Reading under seeds: what is random in a transform follows from the run's seed and the batch's place in the run.
+
+Draws come from the global generators of torch (on the CPU), NumPy and Python, as transforms make them. Each batch is
+read after these were seeded for it, in whichever process, and in this one they are put back afterwards: so the training
+does not notice, a batch is the same with any number of workers, and a resumed run reads what it would have read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import numpy as np
+import torch
+
+from clplat.streams.batch import Batch
+from clplat.streams.seeds import stable_seed
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch (on the CPU), NumPy and Python."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of all devices, too
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from newly seeded global generators, and put them back as they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def seeded_each(batches: Iterator[Batch], seeds: Iterable[int]) -> Iterator[Batch]:
+    """The batches, each read under its seed; they must be read when they are asked for."""
+    for seed in seeds:
+        with seeded(seed):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+def seeds_of(*place: object) -> Iterator[int]:
+    """A seed for each batch of a pass, one after the other without end."""
+    return (stable_seed(*place, number) for number in count())
