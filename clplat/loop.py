@@ -1,8 +1,7 @@
 """Loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
 
 for each experience
-    trainer.fit          (one Trainer; one of its epochs is one experience)
-    strategy.after_experience
+    trainer.fit (one of its epochs is one experience), strategy.after_experience
     score all test sets -> a row of R -> tracker
     strategy.before_experience of the next one, so that the checkpoint holds what it prepared -> checkpoint
 """
@@ -26,6 +25,7 @@ from clplat.stepper import Stepper
 from clplat.strategy import Session
 from clplat.streams.experience import Stream
 from clplat.streams.order import Order
+from clplat.streams.unchanged import check_unchanged
 from clplat.tracking.base import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class Run:
         notes: plain values that are kept in every checkpoint (configuration, run id).
 
     Raises:
-        StreamError: the stream cannot be learned, or lacks what the strategy needs; its segments' state cannot be
-            carried by this net or with this batch size.
+        StreamError: the stream cannot be learned, or lacks what strategy, net or batch size need.
     """
 
     def __init__(
@@ -80,8 +79,9 @@ class Run:
         learner.strategy.setup(learner, stream)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state, exactly."""
+        """Go on from a checkpoint's state, exactly; data that have changed since are refused."""
         learner = self.learner
+        check_unchanged(self.stream, state.get("data"))
         self.experience, self.step = state["experience"], state["step"]
         for experience in self.stream.experiences[: self.experience + 1]:
             learner.shape_for(experience)
@@ -96,8 +96,7 @@ class Run:
     def begin(self) -> None:
         """Prepare the first experience, unless the run was resumed.
 
-        `go` does it where nobody did. Apart from it, what a strategy can refuse only now, with an example at hand, is
-        refused before anything is written or announced.
+        `go` does it where nobody did. Apart from it, a strategy refuses here what it can tell only from an example.
         """
         self.learner.to(root_device(self.trainer))
         if self._random is None:
@@ -213,6 +212,7 @@ class Run:
             "carried": None if self.carry is None else self.carry.state,
             "random": checkpoint.random_state(),
             "results": self.results.state_dict(),
+            "data": self.stream.fingerprint(),
             "notes": self.notes,
         }
         self.tracker.persist()
