@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from clplat.streams.avalanche_reader import Reader, checked_reader
 from clplat.streams.batch import Batch, StreamError
 from clplat.streams.data import Examples, TensorData
+from clplat.streams.dtypes import plain_inputs
 from clplat.streams.experience import Data
 from clplat.streams.labelled import Layout, lay_out
 from clplat.streams.workers import WorkerData
@@ -66,7 +68,14 @@ def targets_of(dataset: Any) -> Tensor:
         raise StreamError(
             "An Avalanche data set has no targets: make it with avalanche.benchmarks.utils.as_classification_dataset."
         )
-    return torch.tensor([int(t) for t in targets], dtype=torch.int64)
+    values = [t.item() if isinstance(t, (Tensor, np.generic)) else t for t in targets]
+    wrong = next((row for row, value in enumerate(values) if not isinstance(value, int)), None)
+    if wrong is not None:
+        raise StreamError(
+            f"An Avalanche data set, row {wrong}: targets must be whole numbers, got {values[wrong]!r} "
+            f"({type(values[wrong]).__name__}): number the classes from 0."
+        )
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _stack(items: Sequence[Sequence[Any]]) -> Tensor:
@@ -96,7 +105,7 @@ class _LazyData(Examples):
 
     def batch(self, index: Tensor) -> Batch:
         task = None if self.task is None else torch.full((len(index),), self.task)
-        return Batch(x=self.options.lay_out(self.reader(index)), y=self.y[index], task=task, index=index)
+        return Batch(x=plain_inputs(self.options.lay_out(self.reader(index))), y=self.y[index], task=task, index=index)
 
     def targets(self) -> Tensor | None:
         return self.y

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
-from clplat.streams.dtypes import plain_inputs, plain_targets
+from clplat.streams.dtypes import computable, plain_inputs, plain_targets
 from clplat.streams.examples import Examples as Examples
 from clplat.streams.examples import FixedTransform, Stored
 from clplat.streams.examples import Transform as Transform
@@ -54,7 +54,7 @@ class TensorData(Examples):
             raise StreamError(f"Inputs and targets must have the same number of examples, got {len(x)} and {len(y)}.")
         if mask is not None and mask.shape != x.shape[:2]:
             raise StreamError(f"A mask must be {list(x.shape[:2])} as the inputs' steps, got {list(mask.shape)}.")
-        self.x, self.y, self.mask = x, y, mask
+        self.x, self.y, self.mask = x, computable(y), mask
         self.lengths = None if lengths is None else checked_lengths(lengths, x)
         self.rows = torch.arange(len(x)) if rows is None else rows
         self.transform, self.task = transform, task

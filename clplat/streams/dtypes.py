@@ -9,11 +9,18 @@ UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 """Integers that torch stores, and computes next to nothing with."""
 
 
+def computable(t: Tensor) -> Tensor:
+    """The tensor in the nearest format that torch computes with, itself in nearly all cases."""
+    if t.dtype in UNSIGNED:
+        return t.long()
+    return t.float() if t.is_floating_point() and t.itemsize == 1 else t
+
+
 def plain_inputs(x: Tensor) -> Tensor:
     """Inputs with floats of any precision as float32; integers and bools stay, since nets read them as token ids."""
     if x.is_floating_point():
         return x.float()
-    return x.long() if x.dtype in UNSIGNED else x
+    return computable(x)
 
 
 def plain_targets(y: Tensor) -> Tensor:

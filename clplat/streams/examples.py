@@ -16,7 +16,7 @@ from torch import Tensor
 from clplat.streams.batch import Batch, StreamError
 from clplat.streams.loader import ChunkLoader
 from clplat.streams.order import Order
-from clplat.streams.reading import seeded_each, seeds_of
+from clplat.streams.reading import finite_only, seeded_each, seeds_of
 
 if TYPE_CHECKING:
     from clplat.streams.experience import Chunks, Data
@@ -74,9 +74,13 @@ class Examples(ABC):
         return map(self.batch, indices)
 
     def read(self, indices: Iterable[Tensor], seeds: Iterable[int]) -> Iterator[Batch]:
-        """One batch for each entry of `indices`, what is random in it drawn under the seed at its place."""
+        """One batch for each entry of `indices`, what is random in it drawn under the seed at its place.
+
+        Raises:
+            BadValues: what was drawn makes inputs that are not finite.
+        """
         batches = self.batches(indices)
-        return seeded_each(batches, seeds) if self.draws else batches
+        return map(finite_only, seeded_each(batches, seeds)) if self.draws else batches
 
     def targets(self) -> Tensor | None:
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
-from clplat.streams.dtypes import UNSIGNED, is_integer
+from clplat.streams.dtypes import computable, is_integer
 
 if TYPE_CHECKING:
     from clplat.streams.experience import Experience, Stream
@@ -25,7 +25,7 @@ def extremes(values: Tensor) -> tuple[float, float]:
     """The least and the greatest value; both NaN where one is."""
     if values.numel() == 0:
         return 0.0, 0.0
-    low, high = (values.long() if values.dtype in UNSIGNED or values.dtype == torch.bool else values).aminmax()
+    low, high = computable(values).aminmax()
     return low.item(), high.item()
 
 
@@ -52,8 +52,13 @@ class Place:
         return f"experience {self.experience.index} ({self.experience.name}), {self.part} set"
 
 
-def check_kind(batch: Batch, place: Place) -> None:
+def check_kind(batch: Batch, place: Place, given: tuple[torch.dtype, torch.dtype] | None = None) -> None:
     """Refuse shapes and number formats that a stream's nets and objectives cannot take.
+
+    Args:
+        batch: some examples of the set.
+        place: of the set.
+        given: number formats of the inputs and targets that the set was made of; None: those of the batch.
 
     Raises:
         StreamError: says what was given, and what to give.
@@ -61,8 +66,9 @@ def check_kind(batch: Batch, place: Place) -> None:
     for name, t in (("inputs", batch.x), ("targets", batch.y)):
         if not isinstance(t, Tensor):
             raise StreamError(f"{place}: {name} must be a torch.Tensor, got {type(t).__name__}: use torch.as_tensor.")
-    _check_inputs(batch.x, place)
-    _check_targets(batch, place)
+    formats = given or (batch.x.dtype, batch.y.dtype)
+    _check_inputs(batch.x, place, formats[0])
+    _check_targets(batch, place, formats[1])
     rows, steps = len(batch.x), batch.x.shape[1]
     if batch.lengths is not None and (not is_integer(batch.lengths) or batch.lengths.shape != (rows,)):
         raise StreamError(
@@ -74,26 +80,26 @@ def check_kind(batch: Batch, place: Place) -> None:
         )
 
 
-def _check_inputs(x: Tensor, place: Place) -> None:
+def _check_inputs(x: Tensor, place: Place, given: torch.dtype) -> None:
     stream, shape = place.stream, list(x.shape)
     if stream.vocabulary is not None:
         if x.ndim != 2 or not is_integer(x):
             raise StreamError(
-                f"{place}: token inputs must be integers [B, T], got {x.dtype} {shape}: give x.long(), or a stream "
+                f"{place}: token inputs must be integers [B, T], got {given} {shape}: give x.long(), or a stream "
                 "with features instead of a vocabulary."
             )
         return
     if x.ndim not in (2, 3) or not x.is_floating_point() or x.shape[-1] != stream.features:
-        cure = "" if x.is_floating_point() else f": give x.float(){' / 255' if x.dtype == torch.uint8 else ''}"
+        cure = "" if x.is_floating_point() else f": give x.float(){' / 255' if given == torch.uint8 else ''}"
         cure += ", or a stream with a vocabulary if these are token ids" if is_integer(x) else ""
         raise StreamError(
-            f"{place}: inputs must be floats [B, D] or [B, T, D] with D = {stream.features}, got {x.dtype} {shape}{cure}."
+            f"{place}: inputs must be floats [B, D] or [B, T, D] with D = {stream.features}, got {given} {shape}{cure}."
         )
     if x.dtype != torch.float32:
-        raise StreamError(f"{place}: inputs must be torch.float32, got {x.dtype}: give x.float(), or use TensorData.")
+        raise StreamError(f"{place}: inputs must be torch.float32, got {given}: give x.float(), or use TensorData.")
 
 
-def _check_targets(batch: Batch, place: Place) -> None:
+def _check_targets(batch: Batch, place: Place, given: torch.dtype) -> None:
     stream, y, shape = place.stream, batch.y, list(batch.x.shape)
     if stream.target in ("class", "tag", "token"):
         wanted = shape[:1] if stream.target == "class" else shape[:2]
@@ -102,7 +108,7 @@ def _check_targets(batch: Batch, place: Place) -> None:
             raise StreamError(f"{place}: targets must be {names} = {wanted}, got {list(y.shape)}.")
         if y.dtype != torch.int64:
             raise StreamError(
-                f"{place}: targets are classes and must be torch.int64, got {y.dtype}: give y.long(), or a stream with "
+                f"{place}: targets are classes and must be torch.int64, got {given}: give y.long(), or a stream with "
                 'target="value" if these are no classes.'
             )
         return
@@ -111,7 +117,7 @@ def _check_targets(batch: Batch, place: Place) -> None:
     if y.dtype != torch.float32:
         raise StreamError(
             f"{place}: targets are {'bits' if stream.target == 'bits' else 'real values'} and must be torch.float32, "
-            f"got {y.dtype}: give y.float()."
+            f"got {given}: give y.float()."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clplat.streams.batch import Batch
 from clplat.streams.order import Order
-from clplat.streams.reading import seeded_each
+from clplat.streams.reading import BadValues, finite_only, seeded_each
 from clplat.streams.seeds import stable_seed as stable_seed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ChunkLoader:
 
     def __init__(self, data: Data, order: Order, read: Read | None = None) -> None:
         self.data, self.order, self.steps = data, order, order.steps
-        self.read: Read = read or (lambda indices, seeds: seeded_each(data.batches(indices), seeds))
+        self.read: Read = read or (lambda indices, seeds: map(finite_only, seeded_each(data.batches(indices), seeds)))
         self.ends = order.ends()
 
     def __len__(self) -> int:
@@ -61,7 +61,10 @@ class ChunkLoader:
     def _batches(self) -> Iterator[Batch]:
         order = self.order
         seeds = (stable_seed(order.seed, "reading", order.experience, step) for step in range(order.start, order.steps))
-        return self.read(self._indices(), seeds)
+        try:
+            yield from self.read(self._indices(), seeds)
+        except BadValues as error:
+            raise BadValues(f"experience {order.experience}, train set, {error}") from error
 
     def _indices(self) -> Iterator[Tensor]:
         order, examples = self.order, len(self.data)

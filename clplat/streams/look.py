@@ -17,10 +17,10 @@ from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
 from clplat.streams.dtypes import plain_targets
-from clplat.streams.examples import Examples, draws
+from clplat.streams.examples import Examples, Stored, draws
 from clplat.streams.faults import Place, check_kind, check_rows, extremes, finite, scored_steps
 from clplat.streams.padding import looks_padded
-from clplat.streams.reading import seeded, seeded_each, seeds_of
+from clplat.streams.reading import BadValues, seeded, seeded_each, seeds_of
 
 if TYPE_CHECKING:
     from clplat.streams.experience import Data, Experience, Stream
@@ -127,17 +127,23 @@ class _Looking:
         if key not in self._seen:
             if len(data) == 0:
                 raise StreamError(f"{place}: it is empty, every set needs at least one example.")
-            first = _sample(data, torch.arange(min(len(data), FIRST)))
-            check_kind(first, place)
+            try:
+                first = _sample(data, torch.arange(min(len(data), FIRST)))
+            except StreamError as error:
+                raise StreamError(f"{place}, {error}") from error
+            stored = data.stored() if isinstance(data, Examples) else None
+            check_kind(first, place, None if stored is None else (stored.x.dtype, stored.y.dtype))
             self._warn_of_padding(data, place)
-            self._seen[key] = self._stored(data, first, place) or self._read(data, first, place)
+            seen = None if stored is None else self._stored(stored, data, first, place)
+            try:
+                self._seen[key] = seen or self._read(data, first, place)
+            except BadValues as error:
+                raise StreamError(f"{place}, {error}") from error
         return self._seen[key]
 
-    def _stored(self, data: Data, first: Batch, place: Place) -> Seen | None:
-        """What a set holds by its tensors as a whole; None if these do not tell, or hold something wrong."""
-        stored, stream = data.stored() if isinstance(data, Examples) else None, self.stream
-        if stored is None:
-            return None
+    def _stored(self, stored: Stored, data: Data, first: Batch, place: Place) -> Seen | None:
+        """What a set holds by its tensors as a whole; None if something in them is wrong."""
+        stream = self.stream
         facts = [self._look(t) for t in (stored.x, stored.y, *stored.others)]
         x, y = facts[:2]
         labels = stream.target in ("class", "tag", "token")

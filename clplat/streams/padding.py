@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
-from clplat.streams.dtypes import is_integer
+from clplat.streams.dtypes import computable, is_integer
 
 
 def need_tensors(**given: object) -> None:
@@ -68,7 +68,7 @@ def looks_padded(batch: Batch) -> tuple[float, float] | None:
     Padding stands at the end, one value fills it, and rows have more or less of it. A border of pictures stands at
     the beginning as well. Where there is a target a step, it must be constant there, too.
     """
-    x, y = batch.x, batch.y
+    x, y = computable(batch.x), batch.y
     sequences = x.ndim == 3 or not x.is_floating_point()
     if not sequences or batch.lengths is not None or batch.mask is not None or x.shape[1] < 3:
         return None

@@ -7,6 +7,7 @@ does not notice, a batch is the same with any number of workers, and a resumed r
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,31 @@ from itertools import count
 import numpy as np
 import torch
 
-from clplat.streams.batch import Batch
+from clplat.streams.batch import Batch, StreamError
 from clplat.streams.seeds import stable_seed
+
+
+class BadValues(StreamError):
+    """Values that are not finite, met in reading: what a transform draws is known only then."""
+
+    code = 1
+
+
+def finite_only(batch: Batch) -> Batch:
+    """The batch, if all its inputs are finite.
+
+    Raises:
+        BadValues: names the first example whose inputs are not.
+    """
+    x = batch.x
+    if x.is_floating_point() and x.numel():
+        low, high = (float(v) for v in x.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
+            row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+            number = row if batch.index is None else int(batch.index[row])
+            value = float(x[row][~x[row].isfinite()][0])
+            raise BadValues(f"row {number}: inputs must be finite, got {value}: mend the data, or its transform.")
+    return batch
 
 
 def seed_all(seed: int) -> None:

@@ -75,6 +75,7 @@ class SegmentData(Examples):
         self.rows, self.steps, self.task = rows, steps, task
         self.length = len(x) // rows
         kept = rows * self.length
+        self.left_out = x[kept:], y[kept:]  # never read, and part of what the data are
         self.x, self.y, self.start = (t[:kept].unflatten(0, (rows, self.length)) for t in (x, y, start))
         self.segments = -(-self.length // steps)
 
@@ -123,8 +124,8 @@ class SegmentData(Examples):
             begin = end
 
     def stored(self) -> Stored:
-        """All steps, their targets, and where documents start."""
-        return Stored(self.x, self.y, (self.start,))
+        """All steps, their targets, and where documents start; those left out too, to tell whether a text changed."""
+        return Stored(self.x, self.y, (self.start, *self.left_out))
 
     def training(self, order: Order) -> Chunks:
         if not order.carries:

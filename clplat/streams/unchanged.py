@@ -41,5 +41,5 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         ("target", "outputs", "features", "vocabulary", "symbols"), then["stream"], now["stream"], strict=True
     ):
         if was != value:
-            return f"the stream's {name}: {was!r} then, {value!r} now"
+            return f"the stream's {name}: {was!r:.60} then, {value!r:.60} now"
     return None

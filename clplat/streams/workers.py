@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from clplat.streams.batch import Batch, StreamError
 from clplat.streams.dtypes import plain_inputs, plain_targets
 from clplat.streams.examples import Examples
-from clplat.streams.reading import seed_all, seeded_each, seeds_of
+from clplat.streams.reading import finite_only, seed_all, seeded_each, seeds_of
 
 
 class WorkerData(Examples):
@@ -47,15 +47,16 @@ class WorkerData(Examples):
     def read(self, indices: Iterable[Tensor], seeds: Iterable[int]) -> Iterator[Batch]:
         """One batch for each entry of `indices`, each under its seed, read ahead by `workers` processes."""
         if self.workers == 0:
-            return seeded_each(map(self.batch, indices), seeds)
-        return iter(
+            return map(finite_only, seeded_each(map(self.batch, indices), seeds))
+        return map(
+            finite_only,
             DataLoader(
                 _Numbered(self.dataset),
                 batch_sampler=((seed, index.tolist()) for index, seed in zip(indices, seeds, strict=False)),
                 num_workers=self.workers,
                 collate_fn=self._collate,
                 generator=torch.Generator(),  # else the workers' seed is drawn from the global generator
-            )
+            ),
         )
 
     def _collate(self, rows: list[tuple[int, Tensor, int]]) -> Batch:

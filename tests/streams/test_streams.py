@@ -506,7 +506,10 @@ def checked(train: Data, **changes) -> Stream:
         (TensorData(torch.zeros(0, 2), torch.zeros(0).long()), r"experience 0 \(only\), train set: it is empty"),
         (TensorData(torch.zeros(4, 3), torch.zeros(4).long()), r"D = 2, got torch.float32 \[4, 3\]"),
         (TensorData(torch.zeros(4, 2).long(), torch.zeros(4).long()), "inputs must be floats"),
-        (TensorData(torch.zeros(40, 2), torch.tensor([0] * 39 + [3])), r"train set, row 39: labels must lie in 0..2, got 3"),
+        (
+            TensorData(torch.zeros(40, 2), torch.tensor([0] * 39 + [3])),
+            r"train set, row 39: labels must lie in 0..2, got 3",
+        ),
         (TensorData(torch.zeros(4, 2), torch.zeros(4, 1).long()), r"targets must be \[B\] = \[4\], got \[4, 1\]"),
     ],
 )
