@@ -30,6 +30,11 @@ def plain_targets(y: Tensor) -> Tensor:
     return y.long() if is_integer(y) else y
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; what is not a number is the same as another."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def is_integer(t: Tensor) -> bool:
     """Whether a tensor holds integers or bools."""
     return not t.is_floating_point() and not t.is_complex()

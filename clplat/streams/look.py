@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
-from clplat.streams.dtypes import plain_targets
+from clplat.streams.dtypes import plain_targets, same_values
 from clplat.streams.examples import Examples, Stored, draws
 from clplat.streams.faults import Place, check_kind, check_rows, extremes, finite, scored_steps
 from clplat.streams.padding import looks_padded
@@ -213,7 +213,7 @@ def _sample(data: Data, index: Tensor) -> Batch:
 
 
 def _same(a: Batch, b: Batch) -> bool:
-    return torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    return same_values(a.x, b.x) and same_values(a.y, b.y)
 
 
 def _batches(data: Data, examples: int, size: int) -> Iterator[Batch]:
