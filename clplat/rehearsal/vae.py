@@ -58,7 +58,7 @@ class SequenceVAE(nn.Module):
             batch: its inputs.
             noise: [B, Z] standard normal numbers.
         """
-        given = batch.x if self.features is not None else batch.x.long()
+        given = batch.x.long() if self.features is None else batch.x.to(self.begin.weight.dtype)
         x = given[:, None] if self.steps == 0 else given
         last = self.encoder(self.embed(x))[1][0]
         mean, log_variance = self.posterior(last).chunk(2, -1)

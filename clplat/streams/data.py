@@ -21,7 +21,7 @@ from clplat.streams.padding import checked_lengths, need_tensors, unpadded
 class TensorData(Examples):
     """Examples held as two tensors, padded to one length or without a time axis, and read by one gather a batch.
 
-    Several experiences share the same tensors: each keeps its own `rows` only. Floats of any precision are read as
+    Several experiences share the same tensors: each keeps its own `rows` only. Floats below 32 bits are read as
     float32, integer targets as int64.
 
     Args:
@@ -97,7 +97,7 @@ class TensorData(Examples):
 class RaggedData(Examples):
     """Sequences of different lengths: one flat tensor of all time steps, cut by offsets, padded batch by batch.
 
-    Floats of any precision are read as float32, integer targets as int64.
+    Floats below 32 bits are read as float32, integer targets as int64.
 
     Args:
         x: [sum of T, D] floats or [sum of T] token ids of all sequences, one after the other.

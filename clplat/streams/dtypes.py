@@ -1,4 +1,4 @@
-"""Number formats of inputs and targets: whatever floats and integers come, nets get float32 and int64."""
+"""Number formats of inputs and targets: whatever floats and integers come, batches hold float32 (or float64) and int64."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ def computable(t: Tensor) -> Tensor:
 
 
 def plain_inputs(x: Tensor) -> Tensor:
-    """Inputs with floats of any precision as float32; integers and bools stay, since nets read them as token ids."""
-    if x.is_floating_point():
-        return x.float()
-    return computable(x)
+    """Inputs with floats below 32 bits as float32; integers and bools stay, since nets read them as token ids.
+
+    float64 stays: a net takes inputs in the precision of its own weights.
+    """
+    return x.float() if x.is_floating_point() and x.itemsize < 4 else computable(x)
 
 
 def plain_targets(y: Tensor) -> Tensor:
-    """Targets with floats of any precision as float32, and integers and bools as int64."""
+    """Targets with floats below 32 bits as float32, and integers and bools as int64."""
     if y.is_floating_point():
-        return y.float()
+        return plain_inputs(y)
     return y.long() if is_integer(y) else y
 
 

@@ -18,6 +18,8 @@ from clplat.streams.dtypes import computable, is_integer
 if TYPE_CHECKING:
     from clplat.streams.experience import Experience, Stream
 
+FLOATS = (torch.float32, torch.float64)
+
 CURE = "mend the data, or leave such rows out"
 
 
@@ -95,7 +97,7 @@ def _check_inputs(x: Tensor, place: Place, given: torch.dtype) -> None:
         raise StreamError(
             f"{place}: inputs must be floats [B, D] or [B, T, D] with D = {stream.features}, got {given} {shape}{cure}."
         )
-    if x.dtype != torch.float32:
+    if x.dtype not in FLOATS:
         raise StreamError(f"{place}: inputs must be torch.float32, got {given}: give x.float(), or use TensorData.")
 
 
@@ -114,7 +116,7 @@ def _check_targets(batch: Batch, place: Place, given: torch.dtype) -> None:
         return
     if y.ndim == 0 or y.shape[-1] != stream.outputs:
         raise StreamError(f"{place}: targets must end in O = {stream.outputs}, got {list(y.shape)}.")
-    if y.dtype != torch.float32:
+    if y.dtype not in FLOATS:
         raise StreamError(
             f"{place}: targets are {'bits' if stream.target == 'bits' else 'real values'} and must be torch.float32, "
             f"got {given}: give y.float()."

@@ -243,4 +243,4 @@ def _facts(t: Tensor) -> Facts:
 
 
 def _sum(t: Tensor, start: int) -> int:
-    return zlib.crc32(t.contiguous().view(-1).view(torch.uint8).numpy(force=True), start)
+    return zlib.crc32(memoryview(t.contiguous().view(-1).view(torch.uint8).numpy(force=True)), start)

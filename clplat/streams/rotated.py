@@ -31,7 +31,7 @@ class Rotation(FixedTransform):
         """The batch x with each image turned."""
         # A weighted sum of rows of the transposed batch: 4 times faster than four gathers of columns.
         pixels = x.flatten(1).t().contiguous()
-        turned = F.embedding_bag(self.places, pixels, mode="sum", per_sample_weights=self.weights)
+        turned = F.embedding_bag(self.places, pixels, mode="sum", per_sample_weights=self.weights.to(x.dtype))
         return turned.t().contiguous().view_as(x)
 
     def tensors(self) -> tuple[Tensor, ...]:

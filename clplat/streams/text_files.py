@@ -6,7 +6,7 @@ import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from clplat import checks
 from clplat.streams.batch import StreamError
@@ -31,7 +31,9 @@ def documents_of(
         ValueError: files that are no mapping of names to paths; a separator or a form that changes nothing in them.
         StreamError: a file that cannot be read.
     """
-    forms = [] if normalize is None else [normalize] if isinstance(normalize, str) else list(normalize)
+    forms: list[Form] = []
+    if normalize is not None:
+        forms = [cast(Form, normalize)] if isinstance(normalize, str) else list(normalize)
     for form in forms:
         checks.one_of("normalize", form, get_args(Form))
     if not isinstance(files, Mapping) or not all(map(_paths, files.values())):

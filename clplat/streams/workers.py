@@ -48,11 +48,12 @@ class WorkerData(Examples):
         """One batch for each entry of `indices`, each under its seed, read ahead by `workers` processes."""
         if self.workers == 0:
             return map(finite_only, seeded_each(map(self.batch, indices), seeds))
+        places = ((seed, index.tolist()) for index, seed in zip(indices, seeds, strict=False))
         return map(
             finite_only,
             DataLoader(
                 _Numbered(self.dataset),
-                batch_sampler=((seed, index.tolist()) for index, seed in zip(indices, seeds, strict=False)),
+                batch_sampler=places,  # type: ignore[arg-type]  # typed for lists of numbers; it hands on what it gets
                 num_workers=self.workers,
                 collate_fn=self._collate,
                 generator=torch.Generator(),  # else the workers' seed is drawn from the global generator

@@ -77,6 +77,7 @@ def test_lengths_go_through_split_domain_and_joint_and_into_held_out_sets():
             for data in (e.train, e.valid, e.test):
                 assert isinstance(data, TensorData)
                 batch = data.batch(torch.arange(len(data)))
+                assert batch.lengths is not None
                 assert torch.equal(batch.lengths, LENGTHS[data.rows])
                 assert batch.x.shape[1] == int(LENGTHS[data.rows].max())
                 valid = batch.valid()
@@ -89,7 +90,9 @@ def test_lengths_follow_the_layout():
     assert steps.features == 1
     data = steps[0].train
     assert isinstance(data, TensorData)
-    assert torch.equal(data.batch(torch.arange(3)).lengths, 3 * LENGTHS[data.rows[:3]])
+    lengths = data.batch(torch.arange(3)).lengths
+    assert lengths is not None
+    assert torch.equal(lengths, 3 * LENGTHS[data.rows[:3]])
     with pytest.raises(ValueError, match="layout: got 'pixels', one vector an example, and the sequences of toy have"):
         split(source(), 2, layout="pixels")
 

@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clplat.learners.learner import Learner
+from clplat.learners.mixers.lstm import LSTM
+from clplat.learners.nets.recurrent import recurrent
+from clplat.learners.objectives import objective_for
 from clplat.lightning import quiet_trainer
 from clplat.loop import Run
 from clplat.settings import Training
@@ -21,6 +26,7 @@ from clplat.streams.experience import Data, Experience, Stream
 from clplat.streams.labelled import Labelled
 from clplat.streams.permuted import permuted
 from clplat.streams.reading import BadValues
+from clplat.streams.rotated import rotated
 from clplat.streams.split import split
 from clplat.streams.workers import WorkerData
 
@@ -31,7 +37,7 @@ NAN = float("nan")
 class Own(Examples):
     """A user's own data, of which nothing is known but what it reads."""
 
-    def __init__(self, x: Tensor, y: Tensor, **fields: Tensor) -> None:
+    def __init__(self, x: Tensor, y: Tensor, **fields: Any) -> None:
         self.x, self.y, self.fields = x, y, fields
 
     def __len__(self) -> int:
@@ -191,12 +197,34 @@ def first_batch(data: Data) -> Batch:
 
 @pytest.mark.parametrize("kind", ["tensors", "ragged", "read"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_floats_of_any_precision_are_read_as_float32(kind, dtype):
+def test_floats_of_any_precision_are_trained(kind, dtype):
     x, y = inputs()
     data = KINDS[kind](x.to(dtype), y)
-    stream_of(data, data).check()
-    assert first_batch(data).x.dtype == torch.float32
-    assert torch.equal(first_batch(data).x, x[:4].to(dtype).float())
+    stream = stream_of(data, data, length=None if kind == "ragged" else T)
+    torch.manual_seed(0)
+    net = recurrent(stream.inputs, tiny.head_for(stream), mixer=LSTM, hidden=4)
+    learner = Learner(net, objective_for("class"))
+    Run(stream, learner, quiet_trainer(), Training(batch_size=50, epochs=1)).go()
+    assert first_batch(data).x.dtype in (torch.float32, torch.float64)
+    assert torch.equal(first_batch(data).x.to(dtype), x[:4].to(dtype))
+
+
+def test_every_stream_of_a_labelled_set_takes_floats_of_any_precision():
+    x, y = torch.rand(20, 4, 4, dtype=torch.float64), torch.arange(20) % 2
+    for dtype in (torch.float64, *FLOATS):
+        source = Labelled("toy", x.to(dtype), y, x.to(dtype), y, 2)
+        for stream in (split(source, 2), permuted(source, 2), rotated(source, [0, 30])):
+            stream.check()
+            trained = first_batch(stream[1].train).x
+            assert trained.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_a_net_in_double_precision_takes_inputs_as_they_are():
+    x = torch.rand(8, 5, dtype=torch.float64)
+    net = tiny.learner().double().net
+    exact = net(Batch(x, torch.zeros(8).long())).logits
+    assert exact.dtype == torch.float64
+    assert not torch.equal(exact, net(Batch(x.float(), torch.zeros(8).long())).logits)
 
 
 @pytest.mark.parametrize("kind", ["tensors", "ragged"])
@@ -232,7 +260,7 @@ def test_floats_for_classes_are_refused_by_name_with_what_to_do(kind, dtype):
         stream_of(data, data).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int32])
 def test_a_users_own_data_are_refused_where_they_are_not_plain(dtype):
     x, y = inputs()
     data, message = Own(x.to(dtype), y), f"got {dtype}.*: give x.float"

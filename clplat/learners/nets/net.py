@@ -110,8 +110,9 @@ class Net(nn.Module):
         return Output(self.head(features, batch.task), features, new, self.penalties())
 
     def embed(self, batch: Batch) -> Tensor:
-        """First hidden sequence; token ids may be integers of any kind."""
-        return self.embedding(batch.x if batch.x.is_floating_point() else batch.x.long())
+        """First hidden sequence; floats come in the precision of the weights, token ids may be integers of any kind."""
+        x = batch.x
+        return self.embedding(x.to(self.head.linear.weight.dtype) if x.is_floating_point() else x.long())
 
     def lower(
         self, batch: Batch, cut: int, state: Sequence[State | None] | None = None, reset: Tensor | None = None
