@@ -141,7 +141,7 @@ class RaggedData(Examples):
         rows = self.rows.index_select(0, index)
         start = self.offsets[rows]
         lengths = self.offsets[rows + 1] - start
-        time = torch.arange(int(lengths.max()))
+        time = torch.arange(int(lengths.max()) if len(lengths) else 1)
         valid = time < lengths[:, None]  # [B, T]
         source = (start[:, None] + time).clamp(max=len(self.x) - 1)
         x = plain_inputs(self.x[source])

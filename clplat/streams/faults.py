@@ -76,6 +76,11 @@ def check_kind(batch: Batch, place: Place, given: tuple[torch.dtype, torch.dtype
         raise StreamError(
             f"{place}: lengths must be integers [{rows}], got {batch.lengths.dtype} {list(batch.lengths.shape)}."
         )
+    if batch.lengths is not None and place.stream.length is not None:
+        raise StreamError(
+            f"{place}: its sequences have lengths of their own, and the stream says that all have {place.stream.length} "
+            "steps: leave Stream.length at None."
+        )
     if batch.mask is not None and (batch.mask.dtype != torch.bool or batch.mask.shape != (rows, steps)):
         raise StreamError(
             f"{place}: a mask must be bool [{rows}, {steps}], got {batch.mask.dtype} {list(batch.mask.shape)}."

@@ -52,7 +52,7 @@ def checked_lengths(lengths: Tensor, x: Tensor) -> Tensor:
 
 def unpadded(batch: Batch, lengths: Tensor) -> Batch:
     """The batch cut to its longest row, zeros and unscored targets behind the others: as `RaggedData` gives it."""
-    longest = int(lengths.max())
+    longest = int(lengths.max()) if len(lengths) else batch.x.shape[1]
     valid = torch.arange(longest) < lengths[:, None]
     x, y, mask = batch.x[:, :longest], batch.y, batch.mask
     x = x.masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 2)), 0)

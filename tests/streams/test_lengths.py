@@ -1,8 +1,11 @@
 """Sequences of different lengths, padded in the arrays that they come in."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -135,6 +138,12 @@ def test_targets_a_step_are_not_scored_on_padding():
     assert one_vector.y.tolist() == [[1.0] * 6]
 
 
+def test_no_example_is_a_batch_too():
+    data = TensorData(*padded(), lengths=LENGTHS)
+    for empty in (data, as_ragged(data)):
+        assert len(empty.batch(torch.empty(0, dtype=torch.int64))) == 0
+
+
 class Sentences(Dataset):
     """Tokens of different lengths."""
 
@@ -151,3 +160,19 @@ def test_worker_data_pad_examples_of_different_lengths():
     assert batch.lengths is not None
     assert batch.lengths.tolist() == [2, 3, 1]
     assert WorkerData(Sentences()).batch(torch.tensor([1, 4])).lengths is None
+
+
+def test_the_pages_data_set_of_ones_own_is_learned():
+    page = (Path(__file__).parents[2] / "docs" / "streams.md").read_text().split("<!-- own source -->")[1]
+    code, options = (page.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml"))
+    space: dict = {}
+    exec(code, space)
+    asked = OmegaConf.create(options)
+    assert (asked._target_, asked.source._target_) == ("clplat.streams.split.split", "my_data.gestures")
+    stream = split(space["gestures"](), experiences=asked.experiences)
+    stream.check()
+    assert (len(stream), stream.length) == (3, None)
+    batch = stream[2].train.batch(torch.arange(100))
+    assert batch.lengths is not None
+    assert (int(batch.lengths.min()), int(batch.lengths.max())) == (5, 20)
+    trained(stream)

@@ -158,6 +158,7 @@ def test_a_class_of_another_experience_may_be_tested_but_not_where_the_task_is_t
         (Own(*inputs(), lengths=torch.arange(100) % 4), {}, r"row 0: lengths must lie in 1\.\.3, got 0"),
         (Own(*inputs(), lengths=torch.arange(100) + 1), {}, r"row 3: lengths must lie in 1\.\.3, got 4"),
         (Own(*inputs(), lengths=torch.ones(100)), {}, r"lengths must be integers \[32\], got torch.float32"),
+        (Own(*inputs(), lengths=torch.ones(100).long()), {"length": T}, "all have 3 steps: leave Stream.length at None"),
         (Own(*inputs(), mask=torch.ones(100, T).long()), {}, r"a mask must be bool \[32, 3\]"),
         (Own(torch.rand(100, T, D), torch.full((100, T), UNSCORED)), {"target": "tag", "per_step": True}, "no step of it is scored"),
         (TensorData(torch.rand(9, D), torch.tensor([[0.0]] * 8 + [[NAN]])), {"target": "value", "outputs": 1}, "row 8: targets must be finite, got nan"),
