@@ -17,6 +17,7 @@ from clplat.streams.data import TensorData
 from clplat.streams.experience import Data, Experience, Scenario, Stream
 from clplat.streams.labelled import Layout
 from clplat.streams.loader import stable_seed
+from clplat.streams.reading import seeded
 
 LOOKED = 64
 """Examples by which it is told whether sequences have one length, where they are not in memory as one tensor."""
@@ -56,8 +57,7 @@ def from_avalanche(
     ensure_importable()
     options = Options(layout, vocabulary, cache, workers)
     # Avalanche draws from (and seeds) the global generators.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed(order_seed, "avalanche"))
+    with seeded(stable_seed(order_seed, "avalanche")):
         if callable(benchmark):
             benchmark = _make(benchmark, order_seed)
         train, test = list(benchmark.train_stream), list(benchmark.test_stream)

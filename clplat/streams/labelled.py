@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +15,10 @@ from clplat import checks
 from clplat.streams.data import TensorData, Transform
 from clplat.streams.dtypes import is_integer
 from clplat.streams.experience import Experience, Scenario, Stream, StreamError
+from clplat.streams.layout import Layout as Layout
+from clplat.streams.layout import lay_out as lay_out
 from clplat.streams.loader import stable_seed
 from clplat.streams.padding import checked_lengths, need_tensors
-
-Layout = Literal["pixels", "rows", "steps"]
-"""How an example is given to the learner: one vector, one row a time step, or one pixel a time step."""
 
 
 @dataclass(frozen=True)
@@ -130,36 +128,17 @@ class Labelled:
             need_tensors(**{f"{self.name}: {part}_x": x, f"{self.name}: {part}_y": y})
             if is_integer(y):
                 object.__setattr__(self, f"{part}_y", y.long())
+            domain = getattr(self, f"{part}_domain")
+            if domain is not None:
+                need_tensors(**{f"{self.name}: {part}_domain": domain})
+                if not is_integer(domain):
+                    raise StreamError(f"{self.name}, {part} set: domains must be whole numbers, got {domain.dtype}.")
+                object.__setattr__(self, f"{part}_domain", domain.long())
             if lengths is not None:
                 try:
                     object.__setattr__(self, f"{part}_lengths", checked_lengths(lengths, x))
                 except StreamError as error:
                     raise StreamError(f"{self.name}, {part} set, {error}") from error
-
-
-def lay_out(x: Tensor, layout: Layout) -> Tensor:
-    """Examples as vectors or as sequences; pixels keep their order, row by row.
-
-    Args:
-        x: [N, H, W], [N, channels, H, W], [N, T, D] or [N, D].
-        layout: "pixels" gives [N, all values]; "rows" gives [N, H, W] (channels side by side: [N, H, channels * W]);
-            "steps" gives [N, H * W, 1] ([N, H * W, channels]), one pixel a time step.
-
-    Raises:
-        StreamError: inputs of another shape, or rows of vectors, which have none.
-    """
-    checks.one_of("layout", layout, get_args(Layout))
-    if x.ndim not in (2, 3, 4):
-        raise StreamError(f"layout: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}.")
-    if layout == "pixels":
-        return x.flatten(1)
-    if layout == "steps":
-        return x.flatten(2).transpose(1, 2).contiguous() if x.ndim == 4 else x.flatten(1).unsqueeze(-1)
-    if x.ndim == 2:
-        raise ValueError(
-            f"layout: got 'rows', and vectors {list(x.shape)} have none; use layout=pixels or layout=steps."
-        )
-    return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
 
 
 def hold_out(labels: Tensor, valid_fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:

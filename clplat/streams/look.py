@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,14 +80,14 @@ def look(stream: Stream) -> tuple[tuple[str, Seen], ...]:
 
 def _check_experience(stream: Stream, experience: Experience) -> None:
     where = f"experience {experience.index} ({experience.name})"
-    wrong = [c for c in experience.classes if not isinstance(c, int) or not 0 <= c < stream.outputs]
+    wrong = [c for c in experience.classes if not isinstance(c, Integral) or not 0 <= c < stream.outputs]
     if wrong:
         raise StreamError(
             f"{where}: its classes must be whole numbers in 0..{stream.outputs - 1}, got {wrong[0]!r}: number the "
             "classes of the stream from 0."
         )
     label = experience.task_label
-    if stream.scenario == "task_incremental" and (not isinstance(label, int) or abs(label) >= 2**62):
+    if stream.scenario == "task_incremental" and (not isinstance(label, Integral) or abs(label) >= 2**62):
         raise StreamError(
             f"{where}: a task-incremental stream needs one whole number as task label an experience, got {label!r}."
         )

@@ -120,6 +120,9 @@ def test_a_function_gets_the_order_seed_and_no_global_random_state_is_touched(ro
     make = partial(PermutedMNIST, n_experiences=1, dataset_root=root)
     first, again = (from_avalanche(make)[0].test.batch(torch.arange(3)).x for _ in range(2))
     assert torch.equal(first, again)
+    np.random.seed(1)  # a function that takes no seed draws the same again, whatever was drawn before
+    drawn = [from_avalanche(lambda: of_list(list(torch.from_numpy(np.random.rand(2, 2, 2))))) for _ in range(2)]
+    assert drawn[0].fingerprint() == drawn[1].fingerprint()
     fixed = partial(SplitMNIST, n_experiences=5, dataset_root=root, fixed_class_order=list(range(10)))
     assert from_avalanche(fixed)[4].classes == (8, 9)
 

@@ -118,6 +118,10 @@ def test_what_would_move_padding_among_steps_is_refused(make):
         ({"train_lengths": LENGTHS[:39]}, r"lengths: must be integers \[40\]"),
         ({"train_lengths": LENGTHS.float()}, r"lengths: must be integers \[40\].*got torch.float32"),
         ({"train_lengths": None}, "give train_lengths and test_lengths, or neither"),
+        (
+            {"train_domain": torch.rand(40), "test_domain": torch.rand(40)},
+            "train set: domains must be whole numbers, got",
+        ),
         ({"train_y": ["cat"] * 40}, "toy: train_y: must be a torch.Tensor, got list.*number classes that are words"),
         ({"train_x": padded()[0].numpy()}, "toy: train_x: must be a torch.Tensor, got ndarray: give torch.as_tensor"),
     ],

@@ -161,6 +161,7 @@ def test_a_class_of_another_experience_may_be_tested_but_not_where_the_task_is_t
         (Own(*inputs(), lengths=torch.ones(100).long()), {"length": T}, "all have 3 steps: leave Stream.length at None"),
         (Own(*inputs(), mask=torch.ones(100, T).long()), {}, r"a mask must be bool \[32, 3\]"),
         (Own(torch.rand(100, T, D), torch.full((100, T), UNSCORED)), {"target": "tag", "per_step": True}, "no step of it is scored"),
+        (TensorData(torch.full((9, D), 1e300, dtype=torch.float64), torch.zeros(9).long()), {}, r"row 0: inputs must be finite, got 1e\+300"),
         (TensorData(torch.rand(9, D), torch.tensor([[0.0]] * 8 + [[NAN]])), {"target": "value", "outputs": 1}, "row 8: targets must be finite, got nan"),
         (Own(torch.rand(9, T, D), torch.full((9, T, 2), 2.0)), {"target": "bits", "outputs": 2, "per_step": True}, r"row 0: bits must lie in 0\.\.1"),
         (TensorData(torch.tensor([[0, 1], [2, 9]]), torch.zeros(2).long()), {"vocabulary": 5, "features": None}, r"row 1: token ids must lie in 0\.\.4, got 9"),

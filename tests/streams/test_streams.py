@@ -332,6 +332,17 @@ def test_domain_cuts_by_the_column_and_keeps_all_classes():
         assert e.classes == (0, 1, 2, 3)
 
 
+def test_domains_of_small_integers_do_not_overflow():
+    toy = source()
+    speaker, tested = torch.arange(80) // 4 % 3 + 100, torch.arange(20) // 4 % 3 + 100
+    small, large = (
+        domain(toy, s.to(dtype), t.to(dtype), valid_fraction=0.2)
+        for dtype, s, t in ((torch.uint8, speaker, tested), (torch.int64, speaker, tested))
+    )
+    for a, b in zip(small, large, strict=True):
+        assert ids(a.valid) == ids(b.valid)
+
+
 def test_domain_refuses():
     toy = source()
     with pytest.raises(StreamError, match="no column of domains"):
