@@ -117,6 +117,7 @@ def files(folder: Path, **contents: str) -> Stream:
         (WORDS.upper(), "the stream's symbols: ' abcdefhiklmnorstw' then, ' ABCDEFHIKLMNORSTW' now"),
         (WORDS.replace("calm", "clam", 1), "other contents"),
         (WORDS.replace(" old ", " oId "), "other contents"),
+        (WORDS[:-1] + "s", "other contents"),  # in the steps that no row has room for
     ],
 )
 def test_a_text_that_was_edited_is_noticed_and_one_that_moved_is_not(tmp_path, content, difference):
