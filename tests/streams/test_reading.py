@@ -19,7 +19,7 @@ from clplat.streams.examples import Examples
 from clplat.streams.experience import Batch, Data, Experience, Stream
 from clplat.streams.mixed import MixedData
 from clplat.streams.order import Order
-from clplat.streams.reading import seed_all
+from clplat.streams.reading import seed_all, seeded
 from clplat.streams.union import UnionData
 from clplat.streams.workers import WorkerData
 
@@ -96,6 +96,27 @@ def test_draws_are_the_same_with_any_number_of_workers():
     assert same(scored[0], scored[1])
     assert same(scored[0], scored[2])
     assert not torch.equal(scored[0][0][:2] - scored[0][0][:1], scored[0][1][:2] - scored[0][1][:1])
+
+
+def test_generators_are_put_back_when_readings_are_nested():
+    seed_all(3)
+    expected = [torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random()]]
+
+    def draw() -> list[list[float]]:
+        return [torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random()]]
+
+    seed_all(3)
+    with seeded(5):
+        first = draw()
+        with seeded(6):
+            inner = draw()
+            np.random.seed(1)  # as a transform may
+        second = draw()
+    assert draw() == expected
+    with seeded(5):
+        assert [draw(), draw()] == [first, second]
+    with seeded(6):
+        assert draw() == inner
 
 
 def test_what_draws_nothing_is_not_seeded():
