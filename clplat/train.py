@@ -20,7 +20,9 @@ from clplat.report.summary import Names
 
 if TYPE_CHECKING:
     from clplat.build import Parts
+    from clplat.learners.learner import Learner
     from clplat.loop import Run
+    from clplat.streams.experience import Stream
 
 
 class Unfinished(UserError):
@@ -90,6 +92,13 @@ def opened(
         if state is not None:
             held.enter_context(contextlib.chdir(resume.base(folder, state["notes"]["base"])))
         yield cfg, folder, names, state
+
+
+def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
+    """The learner that a configuration describes, for a stream."""
+    from clplat import build
+
+    return build.build_learner(cfg, stream)
 
 
 def train(cfg: DictConfig, folder: Path, names: Names) -> dict[str, float]:
