@@ -113,12 +113,6 @@ def _trainer(cfg: DictConfig, tracker: Tracker, callbacks: list[pl.Callback]) ->
         raise ConfigError(
             "trainer.accelerator: got 'gpu', and no GPU is found here (`clplat doctor` says why): set trainer=cpu."
         )
-    for key, instead in (
-        ("gradient_clip_val", "learner.clip_norm"),
-        ("accumulate_grad_batches", "training.batch_size"),
-    ):
-        if cfg.trainer.get(key) is not None:
-            raise ConfigError(f"trainer.{key}: the learner takes its own optimiser steps; set {instead} instead.")
     more = list(instantiate(cfg.trainer.get("callbacks")) or [])
     options = {k: v for k, v in cfg.trainer.items() if k != "callbacks"}
     return instantiate(
