@@ -57,18 +57,24 @@ def _spare() -> np.random.MT19937:
     return np.random.MT19937()
 
 
+def _use(generator: np.random.BitGenerator) -> None:
+    """Let NumPy's global functions draw from a generator."""
+    np.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # missing in NumPy's stubs
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from newly seeded global generators, and put them back as they were."""
-    torch_state, numpy_generator, python_state = torch.get_rng_state(), np.random.get_bit_generator(), random.getstate()
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
     # NumPy's generator is put aside whole: to read and set its state would take five times as long as all else.
-    np.random.set_bit_generator(np.random.MT19937() if numpy_generator is _spare() else _spare())
+    numpy_generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in NumPy's stubs
+    _use(np.random.MT19937() if numpy_generator is _spare() else _spare())
     seed_all(seed)
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
-        np.random.set_bit_generator(numpy_generator)
+        _use(numpy_generator)
         random.setstate(python_state)
 
 
