@@ -68,7 +68,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
         job()
     except Stopped as stop:
-        return stop.code, [_stopped(stop, arguments)]
+        return stop.exit_code, [_stopped(stop, arguments)]
     except SweepRefused as refused:
         return 2, [str(refused)]
     except UserError as error:
