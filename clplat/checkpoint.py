@@ -79,7 +79,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         with open(part, "wb") as file:
             digesting = _Digesting(file)
-            torch.save({"format": FORMAT, **state}, digesting)
+            torch.save({"format": FORMAT, **state}, digesting)  # type: ignore[arg-type]  # it needs write and flush
             file.write(_SEAL + digesting.digest.digest())
             file.flush()
             os.fsync(file.fileno())

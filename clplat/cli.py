@@ -169,7 +169,7 @@ def reproduce(arguments: Sequence[str]) -> int:
     except UserError as error:
         return _refuse(str(error), error.code)
     except Stopped as stop:
-        return _refuse("stopped. The same command goes on.", stop.code)
+        return _refuse("stopped. The same command goes on.", stop.exit_code)
 
 
 def compare(arguments: Sequence[str]) -> int:

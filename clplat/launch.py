@@ -72,7 +72,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
         with resolving(given):
             job()
     except Stopped as stop:
-        return stop.code, [_stopped(stop, arguments)]
+        return stop.exit_code, [_stopped(stop, arguments)]
     except SweepRefused as refused:
         return 2, [str(refused)]
     except UserError as error:

@@ -22,7 +22,7 @@ from clplat.errors import UserError
 from clplat.evaluate import evaluate
 from clplat.learners.carry import Carry
 from clplat.learners.learner import Learner
-from clplat.lightning import forward_context, one_fit, pl, root_device
+from clplat.lightning import convert_weights, forward_context, one_fit, pl, root_device, weights_precision
 from clplat.preflight import check_run
 from clplat.resuming import state_of, take_up
 from clplat.scores import Results
@@ -73,11 +73,12 @@ class Run:
         notes: dict[str, Any] | None = None,
     ) -> None:
         evaluation = evaluation or Evaluation()
-        carries = check_run(stream, learner, trainer, training, evaluation)
+        convert_weights(trainer, learner)
+        with weights_precision(trainer):
+            carries = check_run(stream, learner, trainer, training, evaluation)
         self.stream, self.learner, self.trainer = stream, learner, trainer
         self.carry = Carry() if carries else None
-        self.signals = Pending()
-        """A signal to end that was received in training; heeded between two steps."""
+        self.signals = Pending()  # what is received in training is heeded between two steps
         self.stepper = Stepper(learner, self.carry, stops=lambda: self.signals.number is not None)
         self.training, self.evaluation = training, evaluation
         self.tracker = tracker or NoTracker()
@@ -92,7 +93,8 @@ class Run:
         self._earlier: list[dict[str, Tensor]] = []
         self._begun = False
         learner.log = lambda values: self.tracker.log(values, learner.steps)
-        learner.strategy.setup(learner, stream)
+        with weights_precision(trainer):
+            learner.strategy.setup(learner, stream)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state, exactly.
@@ -102,7 +104,8 @@ class Run:
             StreamError: the data are not those that the run began with.
         """
         check_unchanged(self.stream, state.get("data"))
-        take_up(self, state)
+        with weights_precision(self.trainer):
+            take_up(self, state)
         self._earlier, self._random = state["terms"], state["random"]
 
     def begin(self) -> None:
@@ -112,7 +115,8 @@ class Run:
         """
         self.learner.to(root_device(self.trainer))
         if self._random is None:
-            self.learner.begin(self.stream[0])
+            with weights_precision(self.trainer):
+                self.learner.begin(self.stream[0])
         self._begun = True
 
     def go(self) -> Results:
@@ -125,7 +129,7 @@ class Run:
             EndedEarly: fewer steps were taken than planned.
             Stopped: a signal was received.
         """
-        with self.signals.waiting():
+        with self.signals.waiting(), weights_precision(self.trainer):
             return self._go()
 
     def _go(self) -> Results:

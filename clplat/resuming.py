@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from clplat import checkpoint
 from clplat.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from clplat.loop import Run
-
-_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
-"""Names under which torch's optimisers keep tensors of the weights' shapes."""
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -64,8 +59,6 @@ def _take_up(run: Run, state: dict[str, Any]) -> None:
         learner.shape_for(experience)
     learner.load_state_dict(state["learner"])
     learner.steps = state["steps"]
-    if state["optimizer"] is not None:
-        _check_optimizer(learner.parameter_groups(), state["optimizer"])
     learner.handover.resume(state["optimizer"])
     if run.carry is not None:
         run.carry.state = state["carried"]
@@ -75,17 +68,3 @@ def _take_up(run: Run, state: dict[str, Any]) -> None:
         checkpoint.set_random_state(state["random"])  # fails here if it ever does
     finally:
         checkpoint.set_random_state(before)
-
-
-def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Refuse the state of an optimiser of other weights, which torch would take, and fail at the first step."""
-    weights = [p for group in groups for p in group["params"]]
-    sizes = [len(group["params"]) for group in state["param_groups"]]
-    wrong = f"for {sum(sizes)} weights, this run trains {len(weights)}" if sum(sizes) != len(weights) else ""
-    for number, kept in state["state"].items():
-        for name in _LIKE_WEIGHTS:
-            value = kept.get(name)
-            if not wrong and isinstance(value, Tensor) and value.shape != weights[number].shape:
-                wrong = f"for a weight {list(value.shape)}, in this run it is {list(weights[number].shape)}"
-    if wrong:
-        raise CheckpointError(f"The optimiser's state in the checkpoint is {wrong}.")

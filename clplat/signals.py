@@ -19,15 +19,18 @@ ENDING = [s for s in signal.Signals if s.name in ("SIGHUP", "SIGINT", "SIGTERM")
 
 
 class Stopped(SystemExit):
-    """A signal asked this process to end; `code` is its exit code.
+    """A signal asked this process to end.
 
     Args:
         number: of the signal.
+
+    Attributes:
+        exit_code: of the process.
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
+        self.exit_code = 128 + number
+        super().__init__(self.exit_code)
         self.folder: Path | None = None
         """Folder of the run that was stopped, None before one was begun."""
 

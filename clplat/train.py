@@ -90,6 +90,8 @@ def opened(
             check_unused(folder)  # by now nobody else can begin a run in it
         folder = folder.resolve()
         if state is not None:
+            if given is None or {"tracking", "tracking.uri"} & set(given):
+                _absolute_store(cfg)  # of the user, who is here
             held.enter_context(contextlib.chdir(resume.base(folder, state["notes"]["base"])))
         yield cfg, folder, names, state
 
@@ -99,6 +101,13 @@ def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
     from clplat import build
 
     return build.build_learner(cfg, stream)
+
+
+def _absolute_store(cfg: DictConfig) -> None:
+    from clplat.tracking.store import absolute_uri
+
+    if cfg.tracking.get("uri"):
+        cfg.tracking.uri = absolute_uri(cfg.tracking.uri)
 
 
 def train(cfg: DictConfig, folder: Path, names: Names) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,9 @@ FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
 
 PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed")
 """What `trainer.precision` may be."""
+
+MANY_THREADS = 256
+"""Threads that may be asked for on any machine: as many as a run had elsewhere, and not so many that none can start."""
 
 BUILT = ("stream", "learner", "objective", "optimizer", "schedule", "training", "evaluation", "trainer", "tracking")
 """Groups of which one option is chosen and built."""
@@ -50,8 +54,9 @@ def check(cfg: DictConfig) -> None:
     kinds = {"seed": int, "progress": bool, "debug": bool, "output_dir": str, "threads": int | None}
     for key, kind in kinds.items():
         _fits(key, cfg[key], kind)
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ConfigError(f"threads: got {cfg.threads}, it must be at least 1, or null for torch's choice.")
+    most = max(MANY_THREADS, os.cpu_count() or 1)
+    if cfg.threads is not None and not 1 <= cfg.threads <= most:
+        raise ConfigError(f"threads: got {cfg.threads}, it must lie in 1..{most}, or be null for torch's choice.")
     if cfg.seed >= 2**32:  # numpy's bound
         raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
     objective = cfg.sweep.get("objective") if isinstance(cfg.sweep, DictConfig) else None

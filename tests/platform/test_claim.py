@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
-from clplat.checkpoint import LAST, PREVIOUS
+from clplat.checkpoint import LAST, PREVIOUS, load
 from clplat.claim import LOCK, OWNER, ClaimError, alive, check_unused, check_unused_below, claimed
 from clplat.cli import main
 from clplat.config import resume
 from clplat.config.refusing import ConfigError
+from clplat.loop import Run
 from clplat.report.folder import WHERE
 from clplat.report.summary import Names
 from clplat.train import opened
@@ -185,3 +188,47 @@ def test_a_run_goes_on_where_it_was_begun_and_a_copy_in_its_own_place(begun, tmp
     begun.rename(copy)
     with opened(cfg, copy, Names("", "", ""), ["resume"]) as (_, folder, _, _):
         assert Path.cwd() == tmp_path / "copied" and folder == copy
+
+
+def test_a_store_that_is_given_anew_is_where_the_user_is(begun, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = [f"resume={begun}", "tracking=mlflow", "tracking.uri=sqlite:///mine.db"]
+    with initialize_config_module("clplat.conf", version_base="1.3"):
+        cfg = compose("train", given)
+    with opened(cfg, begun, Names("", "", ""), ["resume", "tracking", "tracking.uri"]) as (own, _, _, _):
+        assert own.tracking.uri == f"sqlite:///{tmp_path / 'elsewhere' / 'mine.db'}"
+
+
+@pytest.mark.slow
+def test_a_run_on_files_of_its_project_goes_on_from_another_place(tmp_path, monkeypatch, capsys):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    for name, folder in (("a", home), ("b", home), ("a", away), ("b", away)):
+        words = "a calm sea and a west wind took the old boat" if folder == home else "other words of another place"
+        (folder / f"{name}.txt").write_text(f"{words} " * 200)
+    options = [
+        "stream=text", "stream.files={a: a.txt, b: b.txt}", "strategy=finetune", "learner.net.hidden=8", "threads=1",
+        "training.batch_size=4", "training.epochs=null", "training.steps=6", "progress=false",
+        "training.checkpoint_every_n_steps=2", "tracking.uri=sqlite:///store.db",
+    ]  # fmt: skip
+    monkeypatch.chdir(home)
+    assert main(["train", *options, "hydra.run.dir=runs/whole"]) == 0
+    save, saves = Run.save, []
+
+    def signalled(run: Run) -> None:
+        save(run)
+        saves.append(run.step)
+        if len(saves) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", signalled)
+        assert main(["train", *options, "hydra.run.dir=runs/one"]) == 143
+    monkeypatch.chdir(away)
+    run = home / "runs" / "one"
+    assert main(["train", f"resume={run}", "progress=false"]) == 0, capsys.readouterr().err
+    states = [load(folder / LAST)["learner"] for folder in (run, home / "runs" / "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True) if torch.is_tensor(a))
+    assert sorted(path.name for path in away.iterdir()) == ["a.txt", "b.txt"]
