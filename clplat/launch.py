@@ -22,8 +22,10 @@ from hydra.types import RunMode
 
 from clplat.catalogue import CONF, groups, options
 from clplat.config.check import check
+from clplat.config.own_files import guarded
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.resume import find
+from clplat.config.trust import judge_environment
 from clplat.errors import UserError
 from clplat.report.summary import Names
 from clplat.train import resumed
@@ -60,7 +62,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
                 failed.append(error)
                 return None
 
-        given = prepared(arguments)
+        given = guarded(prepared(arguments))
         sys.argv = ["clplat train", *given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
         job()
@@ -106,6 +108,7 @@ def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
     )
     keys = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
     folder = Path(hydra_cfg.runtime.output_dir)
+    judge_environment(cfg, given)
     cfg, names, state = resumed(cfg, folder, names, keys)
     check(cfg)
     quiet(cfg.threads)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from clplat.config import resume
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, refusing
+from clplat.config.trust import judge_notes
 from clplat.report.summary import Names
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def resumed(
         return cfg, names, None
     state = checkpoint.load(folder / "last.ckpt")
     notes = state["notes"]
+    judge_notes(notes["config"], cfg)
     return resume.configuration(cfg, notes["config"], given), Names(**notes["names"]), state
 
 

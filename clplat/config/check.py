@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
+from clplat.config.trust import judge
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
 """How many positional arguments clplat fills in itself where it calls what is configured there."""
@@ -61,6 +62,7 @@ def check(cfg: DictConfig) -> None:
             f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
             "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
         )
+    judge(cfg, _imported)
     filled = dict(FILLED)
     for path, node in nodes:
         if "_target_" in node:
