@@ -25,7 +25,7 @@ from clplat.config.check import check
 from clplat.config.own_files import guarded
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.resume import find
-from clplat.config.trust import judge_environment
+from clplat.config.strangers import judge_environment
 from clplat.errors import UserError
 from clplat.report.summary import Names
 from clplat.train import resumed

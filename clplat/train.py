@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from clplat.config import resume
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, refusing
-from clplat.config.trust import judge_notes
+from clplat.config.strangers import judge_notes
 from clplat.report.summary import Names
 
 if TYPE_CHECKING:

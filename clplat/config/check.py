@@ -47,6 +47,7 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], DictConfig) or (key != "learner" and "_target_" not in cfg[key]):
             raise ConfigError(f"{key}: got {cfg[key]}, it has no _target_: choose one of `clplat list {key}`.")
     nodes = list(_nodes("", cfg))
+    judge(cfg, _imported)
     kinds = {"seed": int, "progress": bool, "debug": bool, "output_dir": str, "threads": int | None}
     for key, kind in kinds.items():
         _fits(key, cfg[key], kind)
@@ -62,7 +63,6 @@ def check(cfg: DictConfig) -> None:
             f"trainer.precision: got {precision!r}, allowed are 32-true, 64-true and bf16-mixed "
             "(float16 needs loss scaling, which strategies that take gradients more than once a step cannot share)."
         )
-    judge(cfg, _imported)
     filled = dict(FILLED)
     for path, node in nodes:
         if "_target_" in node:

@@ -102,7 +102,7 @@ def _judge_default(file: str, group: str, option: str) -> None:
     chosen, _, package = group.removeprefix("override ").removeprefix("optional ").strip().partition("@")
     chosen = chosen.strip().strip("/")
     hidden = "${" in group or ".." in group or ".." in option or option.rpartition("/")[2] == "hydra"
-    if hidden or _of_hydra(package) or _of_hydra(chosen.replace("/", ".")) and chosen not in CHOSEN:
+    if hidden or _of_hydra(package) or (_of_hydra(chosen.replace("/", ".")) and chosen not in CHOSEN):
         raise ConfigError(f"{file}: defaults: {group}: {_ONLY}")
 
 
