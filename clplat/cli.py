@@ -63,11 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """`clplat train`: compose the configuration from the overrides and run it."""
-    try:
+    from clplat.signals import ending, heeded_at_once
+
+    with ending("clplat: stopped before anything was begun.\n"):  # the imports take seconds
         from clplat.launch import launch
-    except KeyboardInterrupt:  # the imports take seconds
-        return _refuse("stopped before anything was begun.", code=130)
-    code, refused = launch(arguments)
+    with heeded_at_once():
+        code, refused = launch(arguments)
     for line in refused:
         _refuse(line)
     return code
@@ -137,14 +138,18 @@ def reproduce(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.paper is None:
         return list_(["paper"])
-    from clplat import reproduce as program
+    from clplat.signals import Stopped, ending, heeded_at_once
+
+    with ending("clplat: stopped before anything was begun.\n"):
+        from clplat import reproduce as program
 
     try:
-        return program.main(given.paper, given.row, given.list, given.seeds, given.set, given.output)
+        with heeded_at_once():
+            return program.main(given.paper, given.row, given.list, given.seeds, given.set, given.output)
     except UserError as error:
         return _refuse(str(error), error.code)
-    except KeyboardInterrupt:
-        return _refuse("stopped. The same command goes on.", code=130)
+    except Stopped as stop:
+        return _refuse("stopped. The same command goes on.", stop.code)
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -153,13 +158,18 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
     from clplat.report.references import with_references
-    from clplat.report.summary import read_run
+    from clplat.report.summary import read_runs
     from clplat.report.tables import print_sweep
 
     files = [f for folder in given.folder for f in sorted(folder.rglob("result.json"))]
     if not files:
         return _refuse(f"no result.json under {', '.join(map(str, given.folder))}: give folders of finished runs.")
-    print_sweep(with_references([read_run(f) for f in files]))
+    runs, torn = read_runs(files)
+    for line in torn:
+        _refuse(line)
+    if not runs:
+        return 2
+    print_sweep(with_references(runs))
     return 0
 
 

@@ -21,15 +21,15 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 
 from clplat.catalogue import CONF, groups, options
-from clplat.config.check import check
 from clplat.config.own_files import guarded
 from clplat.config.refusing import ConfigError, nearest, root_keys
-from clplat.config.resume import find
+from clplat.config.resume import command, find
 from clplat.config.strangers import judge_environment
 from clplat.errors import UserError
 from clplat.report.summary import Names
-from clplat.train import resumed
-from clplat.train import train as run
+from clplat.signals import Stopped
+from clplat.sweep import SweepRefused
+from clplat.train import opened, trained
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
@@ -61,13 +61,18 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
                     raise
                 failed.append(error)
                 return None
+            except Stopped:
+                _remove_if_empty()
+                raise
 
         given = guarded(prepared(arguments))
         sys.argv = ["clplat train", *given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
         job()
-    except KeyboardInterrupt:
-        return 130, ["stopped. `clplat train resume=latest` goes on exactly where the last checkpoint was."]
+    except Stopped as stop:
+        return stop.code, [_stopped(stop, arguments)]
+    except SweepRefused as refused:
+        return 2, [str(refused)]
     except UserError as error:
         if debug:
             raise
@@ -82,6 +87,14 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
         where = f"{error.filename} ({os.strerror(error.errno or 0)})"
         return 2, [f"output_dir: cannot make {where}: choose another folder with output_dir=PATH."]
     return max((error.code for error in failed), default=0), [str(error) for error in failed]
+
+
+def _stopped(stop: Stopped, arguments: Sequence[str]) -> str:
+    if stop.folder is None:
+        return "stopped before training began."
+    # What a checkpoint may not name alone has to be given again.
+    again = [word for word in arguments if "_target_=" in word]
+    return f"stopped. To go on with the run that was in training: {command(stop.folder, again)}"
 
 
 def quiet(threads: int | None) -> None:
@@ -107,12 +120,10 @@ def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
         varied="" if sweep is None else _varied(given, hydra_cfg),
     )
     keys = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
-    folder = Path(hydra_cfg.runtime.output_dir)
     judge_environment(cfg, given)
-    cfg, names, state = resumed(cfg, folder, names, keys)
-    check(cfg)
-    quiet(cfg.threads)
-    return run(cfg, folder, names, state)
+    with opened(cfg, Path(hydra_cfg.runtime.output_dir), names, keys) as (cfg, folder, names, state):
+        quiet(cfg.threads)
+        return trained(cfg, folder, names, state)
 
 
 def _varied(given: Sequence[str], hydra_cfg: HydraConf) -> str:

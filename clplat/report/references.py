@@ -6,8 +6,10 @@ joint reference of Chaudhry et al. (2018), and the mean of its row j over 0..j t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from clplat.metrics import METRICS, summary
 from clplat.report.summary import RunSummary
 from clplat.scores import ScoreTable
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "cumulative"
 """The strategy whose runs are references."""
@@ -62,5 +66,9 @@ def _scores(run: RunSummary) -> Tensor | None:
     path = run.folder and run.folder / "results.npz"
     if not path or not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["R"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["R"])
+    except (ValueError, OSError, KeyError, BadZipFile) as error:
+        log.warning("%s is torn, and left out (%s).", path, error)
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,11 +125,29 @@ def read_run(path: str | Path) -> RunSummary:
         raise ValueError(f"{path} is not the result of a run ({type(error).__name__}: {error}).") from error
 
 
+def read_runs(paths: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
+    """Read what can be read of some `result.json`; a line for each that is torn or of something else.
+
+    Args:
+        paths: of the files.
+    """
+    runs, torn = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except (ValueError, OSError) as error:
+            torn.append(f"left out: {error}")
+    return runs, torn
+
+
 def _config(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     import yaml
 
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no configuration ({str(error).splitlines()[0]}).") from error
     flat = flatten({part: config[part] for part in DIFFERENCES if part in config})
     return {key: str(value) for key, value in flat.items() if not key.endswith("_target_")}

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 from clplat import checkpoint
 from clplat.cli import main
@@ -69,28 +67,38 @@ def refused(words: list[str], mark: Path, capsys: pytest.CaptureFixture[str]) ->
     return err
 
 
-def stranger(folder: Path, place: str, value: Any) -> list[str]:
+@pytest.fixture(scope="module")
+def his(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that can be gone on with."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", *QUICK, "tracking=none", f"output_dir={folder}"]) == 0
+    return next(folder.rglob("last.ckpt")).parent
+
+
+def stranger(his: Path, folder: Path, place: str, value: Any) -> list[str]:
     """The words that go on with a run of somebody's, whose notes hold `value` at `place`."""
-    with initialize_config_module("clplat.conf", version_base="1.3"):
-        cfg = compose("train", overrides=["strategy=finetune", "tracking=none"])
-    OmegaConf.set_struct(cfg, False)
-    config: Any = OmegaConf.to_container(cfg)
+    state = checkpoint.load(his / "last.ckpt")
     *above, last = place.split(".")
-    node = config
+    node: Any = state["notes"]["config"]
     for key in above:
-        node = node.setdefault(key, {})
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
     node[last] = copy.deepcopy(value)
-    names = {"stream": "s", "learner": "l", "strategy": "s", "sweep": None, "varied": ""}
     (folder / "his").mkdir()
-    checkpoint.save(folder / "his" / "last.ckpt", {"notes": {"config": config, "names": names, "run_id": ""}})
+    state.pop("format")
+    checkpoint.save(folder / "his" / "last.ckpt", state)
     return ["resume=his"]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: c["_target_"])
-def test_a_checkpoint_calls_nothing(call: dict[str, Any], mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = stranger(mark.parent, "stream", marked(call, mark))
+def test_a_checkpoint_calls_nothing(
+    call: dict[str, Any], his: Path, mark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = stranger(his, mark.parent, "stream", marked(call, mark))
     assert main(["train", *words]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not mark.exists()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "_target_" in err and not mark.exists()
 
 
 PLACES = [
@@ -100,14 +108,19 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_checkpoint_calls_nothing_anywhere(place: str, mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *stranger(mark.parent, place, marked(TOUCH, mark))]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not mark.exists()
+def test_a_checkpoint_calls_nothing_anywhere(
+    place: str, his: Path, mark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *stranger(his, mark.parent, place, marked(TOUCH, mark))]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "_target_" in err and not mark.exists()
 
 
 @pytest.mark.parametrize("place", ["tracking.experiment", "output_dir", "stream.name"])
-def test_nothing_in_a_checkpoint_is_looked_up(place: str, mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *stranger(mark.parent, place, "${oc.env:A_SECRET}")]) == 2
+def test_nothing_in_a_checkpoint_is_looked_up(
+    place: str, his: Path, mark: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *stranger(his, mark.parent, place, "${oc.env:A_SECRET}")]) == 2
     out, err = capsys.readouterr()
     assert "holds an interpolation" in err and "hunter2" not in out + err
 
