@@ -21,8 +21,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from clplat.config.own_files import guarded
 from clplat.config.refusing import ConfigError
 from clplat.config.resume import command
+from clplat.config.strangers import judge_environment
 from clplat.config.words import hydra_line, parsed, prepared, resolving, strategies
 from clplat.errors import UserError
 from clplat.report.summary import Names
@@ -65,7 +67,7 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
                 _remove_if_empty(there)
                 raise
 
-        given = prepared(arguments)
+        given = guarded(prepared(arguments))
         there = _folders(given)
         sys.argv = ["clplat train", *given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
@@ -131,6 +133,7 @@ def _job(cfg: DictConfig, given: Sequence[str]) -> float:
         varied=_varied(several, hydra_cfg),
     )
     keys = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
+    judge_environment(cfg, given)
     with opened(cfg, Path(hydra_cfg.runtime.output_dir), names, keys) as (cfg, folder, names, state):
         quiet(cfg.threads)
         return trained(cfg, folder, names, state)[cfg.sweep.objective]

@@ -14,6 +14,7 @@ from clplat import signals
 from clplat.config import resume
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, refusing
+from clplat.config.strangers import judge_notes
 from clplat.config.trainer import check_trainer
 from clplat.errors import UserError
 from clplat.report.summary import Names
@@ -54,6 +55,7 @@ def resumed(
     path = folder / resume.file_name(cfg.resume)
     state = checkpoint.load(path)
     notes = checkpoint.read_as(checkpoint.Notes, state["notes"], path)
+    judge_notes(notes.config, cfg)
     names = checkpoint.read_as(Names, notes.names, path)
     return resume.configuration(cfg, notes.config, given), names, state
 

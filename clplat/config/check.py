@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
+from clplat.config.trust import judge
 from clplat.metrics import METRICS
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
@@ -51,6 +52,7 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], DictConfig) or (key != "learner" and "_target_" not in cfg[key]):
             raise ConfigError(f"{key}: got {cfg[key]}, it has no _target_: choose one of `clplat list {key}`.")
     nodes = list(_nodes("", cfg))
+    judge(cfg, _imported)
     kinds = {"seed": int, "progress": bool, "debug": bool, "output_dir": str, "threads": int | None}
     for key, kind in kinds.items():
         _fits(key, cfg[key], kind)

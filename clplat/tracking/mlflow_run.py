@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clplat.tracking import view
 from clplat.tracking.base import TrackingError
 from clplat.tracking.outbox import SPILL, Outbox, Value
-from clplat.tracking.store import absolute_uri, check_server, first_line, metric_key, open_store
+from clplat.tracking.store import absolute_uri, check_server, database_path, first_line, metric_key, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,7 +59,7 @@ class MlflowRun:
         """Upload an artifact, set a tag, log params or an input, write the charts view, or end the run."""
         kind, client = job["kind"], self.client
         if kind == "artifact":
-            path = self.folder / job["path"]
+            path = inside(self.folder, job["path"])
             upload = client.log_artifacts if path.is_dir() else client.log_artifact
             upload(self.run_id, str(path), job["to"])
         elif kind == "tag":
@@ -112,6 +112,32 @@ class MlflowRun:
             self.client.set_experiment_tag(identity, "mlflow.note.content", f"[**Open the forgetting curves**]({link})")
 
 
+def inside(folder: Path, path: str) -> Path:
+    """The file or folder of an artifact, which must lie in the run's folder with all that it holds.
+
+    Raises:
+        TrackingError: some of it lies elsewhere, by its name or by a link.
+    """
+    root, whole = folder.resolve(), (folder / path).resolve()
+    for file in [whole, *(whole.rglob("*") if whole.is_dir() else ())]:
+        if not file.resolve().is_relative_to(root):
+            raise TrackingError(f"{folder / SPILL} names {path!r}, which leads out of the run's folder: not sent.")
+    return whole
+
+
+def _judge(spill: Path, lines: list[dict[str, Any]], store: str) -> None:
+    """Refuse a spill file that sends what is not the run's, or to another place than the one it was logged to."""
+    others = {str(line["uri"]) for line in lines} - {str(lines[0]["uri"])}
+    if others:
+        raise TrackingError(f"{spill} names several stores ({lines[0]['uri']}, {others.pop()}): nothing was sent.")
+    database = database_path(store)
+    if database is not None and not database.is_file():
+        raise TrackingError(f"{spill} names the store {store}, and there is no such file: nothing was sent.")
+    for line in lines:
+        if line.get("kind") == "artifact":
+            inside(spill.parent, line["path"])
+
+
 def sync(folder: str | Path, uri: str | None = None) -> int:
     """Send what earlier runs in `folder` could not send. Values that had arrived after all are not logged twice.
 
@@ -130,6 +156,7 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
         return 0
     lines = [json.loads(line) for line in spill.read_text(encoding="utf-8").splitlines()]
     store = absolute_uri(uri or lines[0]["uri"])
+    _judge(spill, lines, store)
     check_server(store)
     runs: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
