@@ -65,7 +65,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | N
     from clplat.loop import Run
     from clplat.report import folder as report
     from clplat.report.summary import summarise
-    from clplat.report.tables import print_run
+    from clplat.report.tables import ALWAYS, mean_and_spread, print_run
 
     label = names.varied or f"{names.strategy}, seed {cfg.seed}"
     parts = Parts.build(cfg, folder, label)
@@ -95,7 +95,7 @@ def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | N
     if names.sweep is None:
         print_run(results, summary, names, tracker.where())
     else:
-        shown = ", ".join(f"{name} {summary.metrics[name]:.3f}" for name in ("average", "forgetting"))
+        shown = ", ".join(f"{name} {mean_and_spread([summary.metrics[name]])}" for name in ALWAYS)
         print(f"{label}: {shown}")
     return summary.metrics
 

@@ -6,6 +6,9 @@ joint reference of Chaudhry et al. (2018), and the mean of its row j over 0..j t
 
 from __future__ import annotations
 
+import logging
+import zipfile
+import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -16,6 +19,8 @@ from torch import Tensor
 from clplat.metrics import METRICS, summary
 from clplat.report.summary import RunSummary
 from clplat.scores import ScoreTable
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "cumulative"
 """The strategy whose runs are references."""
@@ -53,7 +58,7 @@ def _compared(run: RunSummary, candidates: list[tuple[RunSummary, Tensor]]) -> R
 
 
 def _setting(run: RunSummary) -> Hashable:
-    config = {key: value for key, value in run.config.items() if not key.startswith("strategy.")}
+    config = {key: value for key, value in run.config.items() if not key.startswith(("strategy.", "evaluation."))}
     seeds = {key: value for key, value in run.seeds.items() if key.startswith("stream.")}
     return run.stream, run.learner, run.score, run.on, *sorted((config | seeds).items())
 
@@ -62,5 +67,9 @@ def _scores(run: RunSummary) -> Tensor | None:
     path = run.folder and run.folder / "results.npz"
     if not path or not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return torch.from_numpy(arrays["R"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["R"])
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s cannot be read (%s): this run is compared without its R.", path, error)
+        return None
