@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clplat.report import figures, provenance
+from clplat.report.spread import spread
 from clplat.report.summary import RunSummary
 from clplat.report.tables import markdown
 from clplat.scores import Results
@@ -59,7 +60,7 @@ def finish(
         found: arrays that the strategies report.
     """
     labels = figures.labels(results.all.experiences, experiences)
-    np.savez(folder / "results.npz", allow_pickle=False, **results.arrays())
+    np.savez_compressed(folder / "results.npz", allow_pickle=False, **results.arrays())
     (folder / "result.json").write_text(json.dumps(summary.plain(), indent=1), encoding="utf-8")
     if found:
         np.savez(folder / "strategy.npz", allow_pickle=False, **found)
@@ -72,8 +73,9 @@ def finish(
 
 
 def _table(results: Results, labels: Sequence[str]) -> dict[str, list[Any]]:
-    # The form in which MLflow's UI shows a json file as a table.
-    rows = [["untrained", *results.all.baseline.tolist()]]
-    rows += [[f"after {label}", *row] for label, row in zip(labels, results.R.tolist(), strict=True)]
+    # The form in which MLflow's UI shows a json file as a table. R is whole in results.npz.
+    chosen = spread(len(labels), figures.CELLS)
+    rows = [["untrained", *results.all.baseline[chosen].tolist()]]
+    rows += [[f"after {labels[i]}", *results.R[i, chosen].tolist()] for i in chosen]
     data = [[None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows]
-    return {"columns": ["trained", *labels], "data": data}
+    return {"columns": ["trained", *(labels[i] for i in chosen)], "data": data}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clplat.report.summary import RunSummary, read_run
+
+NAMES = ("stream", "learner", "strategy", "scored on")
+"""Names that tell configurations apart before any key of the config does."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,26 @@ def identity(run: RunSummary) -> dict[str, str]:
     """All that tells one configuration from another, by name: the chosen options, and every key that is no seed."""
     names = {"stream": run.stream, "learner": run.learner, "strategy": run.strategy, "scored on": run.on}
     return names | dict(sorted(run.config.items()))
+
+
+def what_differs(described: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names and keys by which configurations are told apart: `strategy` always, others only if they differ.
+
+    A key counts if it differs between two configurations that the names alone do not tell apart. So what only some
+    strategies have tells apart the configurations of one strategy.
+
+    Args:
+        described: configurations as `identity` gives them.
+    """
+    names = [n for n in NAMES if n == "strategy" or len({d.get(n) for d in described}) > 1]
+    keys = []
+    for key in sorted({key for d in described for key in d if key not in NAMES}):
+        values: dict[tuple[str | None, ...], set[str | None]] = {}
+        for d in described:
+            values.setdefault(tuple(d.get(n) for n in NAMES), set()).add(d.get(key))
+        if any(len(found) > 1 for found in values.values()):
+            keys.append(key)
+    return names + keys
 
 
 def shown(folder: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clplat.metrics import METRICS
-from clplat.report.runs import identity, shown
+from clplat.report.runs import identity, shown, what_differs
 from clplat.report.summary import Names, RunSummary
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from clplat.scores import Results, ScoreTable
-
-IDENTITY = ("stream", "learner", "strategy", "scored on")
-"""Names that tell configurations apart before any key of the config does."""
 
 ALWAYS = ("average", "forgetting")
 """Metrics that every table over runs shows, undefined or not."""
@@ -144,15 +141,7 @@ def group(runs: Sequence[RunSummary]) -> list[tuple[dict[str, str], list[RunSumm
     strategies have tell apart the configurations of one strategy, and are not shown for others.
     """
     described = [(identity(run), run) for run in runs]
-    names = IDENTITY
-    differing = [n for n in names if n == "strategy" or len({d[n] for d, _ in described}) > 1]
-    for key in sorted({key for d, _ in described for key in d if key not in names}):
-        # A key counts if it differs between two runs that the names alone do not tell apart.
-        values: dict[tuple[str, ...], set[str | None]] = {}
-        for d, _ in described:
-            values.setdefault(tuple(d[n] for n in names), set()).add(d.get(key))
-        if any(len(found) > 1 for found in values.values()):
-            differing.append(key)
+    differing = what_differs([d for d, _ in described])
     groups: dict[tuple[str, ...], list[RunSummary]] = {}
     for d, run in described:
         groups.setdefault(tuple(d.get(key, "") for key in differing), []).append(run)

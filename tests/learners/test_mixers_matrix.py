@@ -8,8 +8,8 @@ Letters: B batch, T time, D input features, H hidden, N heads, K key and V value
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
