@@ -178,18 +178,14 @@ def compare(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="+", type=Path)
     given = parser.parse_args(arguments)
     from clplat.report.references import with_references
-    from clplat.report.summary import read_runs
+    from clplat.report.runs import find_runs
     from clplat.report.tables import print_sweep
 
-    files = [f for folder in given.folder for f in sorted(folder.rglob("result.json"))]
-    if not files:
-        return _refuse(f"no result.json under {', '.join(map(str, given.folder))}: give folders of finished runs.")
-    runs, torn = read_runs(files)
-    for line in torn:
-        _refuse(line)
-    if not runs:
-        return 2
-    print_sweep(with_references(runs))
+    found = find_runs(given.folder)
+    if not found.runs:
+        where = ", ".join(map(str, given.folder))
+        return _refuse(" ".join(found.notes) or f"no result.json under {where}: give folders of finished runs.")
+    print_sweep(with_references(found.runs), notes=found.notes)
     return 0
 
 

@@ -32,13 +32,16 @@ class SweepReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table of all runs of the sweep that finished."""
         from clplat.report.references import with_references
-        from clplat.report.summary import read_runs
+        from clplat.report.runs import find_runs
         from clplat.report.tables import print_sweep
 
         folder = Path(config.hydra.sweep.dir)
-        runs, torn = read_runs(sorted(folder.rglob("result.json")))
-        for line in torn:
-            print(line)
-        if runs:
-            print_sweep(with_references(runs))
-            print(f"curves: {next(folder.rglob('where.txt')).read_text()}runs:   {folder}")
+        found = find_runs([folder])
+        if found.runs:
+            print_sweep(with_references(found.runs), notes=found.notes)
+            where = next(folder.rglob("where.txt"), None)
+            if where is not None:
+                print(f"curves: {where.read_text(encoding='utf-8')}", end="")
+            print(f"runs:   {folder}")
+        else:
+            print("\n".join(found.notes))

@@ -194,7 +194,7 @@ def _finish(run: Run, parts: Parts, cfg: DictConfig, names: Names, folder: Path)
     from clplat.checkpoint import LAST
     from clplat.report import folder as report
     from clplat.report.summary import summarise
-    from clplat.report.tables import print_run
+    from clplat.report.tables import ALWAYS, mean_and_spread, print_run
 
     tracker, results = parts.tracker, run.results
     summary = summarise(names, cfg.seed, results)
@@ -213,7 +213,7 @@ def _finish(run: Run, parts: Parts, cfg: DictConfig, names: Names, folder: Path)
     if names.sweep is None:
         print_run(results, summary, names, tracker.where())
     else:
-        shown = ", ".join(f"{name} {summary.metrics[name]:.3f}" for name in ("average", "forgetting"))
+        shown = ", ".join(f"{name} {mean_and_spread([summary.metrics[name]])}" for name in ALWAYS)
         print(f"{_label(cfg, names)}: {shown}")
         run.signals.heed()
     return summary.metrics

@@ -1,24 +1,40 @@
 """Figures of one run: forgetting curves, and R as a heat map.
 
-They are pictures, or one page that needs no network. matplotlib and plotly are imported where they are used. Figures are
+They are pictures, or one page that needs no network. matplotlib is imported where it is used. Figures are
 made without pyplot, so nothing global changes and nothing has to be closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from clplat.metrics import after_each, average_accuracy
+from clplat.report.spread import spread
 from clplat.scores import ScoreTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, AVERAGE = "#222222", "#dddddd", "#111111"
+DRAWN, POINTS, CELLS = 40, 200, 100
+"""At most so many curves, points of a curve, and rows of R, evenly chosen: more cannot be told apart."""
+
+PAGE = """<!doctype html>
+<html><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font-family: sans-serif; margin: 1em }} svg {{ max-width: 100%; height: auto }}
+svg text {{ font-family: "DejaVu Sans", sans-serif }}
+[id^=curve-]:hover path {{ stroke-width: 4 }} [id^=cell-]:hover {{ text-decoration: underline }}
+</style></head><body>
+{drawings}
+</body></html>
+"""
 
 
 def labels(experiences: int, names: Sequence[str] | None = None) -> list[str]:
@@ -55,20 +71,21 @@ def curves(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    k = table.experiences
+    k, shown = table.experiences, labels(table.experiences, names)
     figure = Figure(figsize=(8.0, 4.2), layout="constrained")
     axes = figure.add_subplot()
     shades = colormaps["viridis"]([0.9 * j / max(k - 1, 1) for j in range(k)])
-    for j, label in enumerate(labels(k, names)):
+    dense = table.has_between or k > DRAWN
+    look = {"linewidth": 1.2, "marker": ""} if dense else {"linewidth": 1.8, "marker": "o", "ms": 4}
+    for j in spread(k, DRAWN):
         x, y = curve(table, j)
-        dense = table.has_between
-        axes.plot(
-            x, y, color=shades[j], linewidth=1.2 if dense else 1.8, marker="" if dense else "o", ms=4, label=label
-        )
-    average = after_each(average_accuracy, table.R[: table.finished, : table.finished])
-    x = list(range(1, table.finished + 1))
-    axes.plot(x, average.tolist(), color=AVERAGE, linewidth=2.6, marker="s", ms=5, label="average so far", zorder=5)
-    axes.set_xlabel("experiences seen")
+        some = spread(len(x), POINTS)
+        axes.plot([x[i] for i in some], [y[i] for i in some], color=shades[j], label=shown[j], gid=f"curve-{j}", **look)
+    x, look = list(range(1, table.finished + 1)), {"marker": "" if dense else "s", "ms": 5}
+    axes.plot(
+        x, _averages(table), color=AVERAGE, linewidth=2.6, label="average so far", zorder=5, gid="curve-average", **look
+    )
+    axes.set_xlabel("experiences learned")
     axes.set_ylabel(_words(table))
     axes.set_xticks(range(0 if table.has_between else 1, k + 1, max(1, k // 12)))
     if table.score == "accuracy":
@@ -84,17 +101,18 @@ def curves(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
 
 
 def matrix(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
-    """R as a heat map, dark is good; rows are trained, columns tested. Numbers up to 20 experiences."""
+    """R as a heat map, dark is good; rows are trained, columns tested. Numbers up to 20 experiences, cells of up to 100."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    k, r = table.experiences, table.R
+    chosen = spread(table.experiences, CELLS)
+    k, r = len(chosen), table.R[chosen][:, chosen]
     size = min(max(0.62 * k + 2.6, 4.6), 14.0)
     figure = Figure(figsize=(size + 0.9, size), layout="constrained")
     axes = figure.add_subplot()
     low, high = _limits(table)
     colors = colormaps["Blues" if table.higher_is_better else "Blues_r"].with_extremes(bad="#f4f4f4")
-    image = axes.imshow(r.numpy(), cmap=colors, vmin=low, vmax=high)
+    image = axes.imshow(r.numpy(), cmap=colors, vmin=low, vmax=high, interpolation="none")
     for i in range(k if k <= 20 else 0):
         for j in range(k):
             if not r[i, j].isnan():
@@ -103,10 +121,12 @@ def matrix(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
                 text = f"{r[i, j]:.2f}"
                 weight = "bold" if i == j else "normal"
                 axes.text(
-                    j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK, weight=weight
-                )
+                    j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else INK, weight=weight,
+                    gid=f"cell-{i}-{j}",
+                )  # fmt: skip
     ticks = list(range(0, k, max(1, k // 20)))
-    shown = labels(k, names)
+    everything = labels(table.experiences, names)
+    shown = [everything[i] for i in chosen]
     axes.set_xticks(ticks, [shown[t] for t in ticks], rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(ticks, [shown[t] for t in ticks], fontsize=8)
     axes.set_xlabel("tested on")
@@ -119,35 +139,38 @@ def matrix(table: ScoreTable, names: Sequence[str] | None = None) -> Figure:
 
 
 def html(table: ScoreTable, names: Sequence[str] | None = None) -> str:
-    """Both figures as one page to hover over; plotly.js is inside it (about 4.5 MB)."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-    from plotly.graph_objects import Heatmap, Scatter
-    from plotly.subplots import make_subplots
+    """Both figures as one page with nothing to load: point at a line, a name or a cell to read its numbers."""
+    k, known = table.experiences, names or labels(table.experiences)
+    spoken = {f"curve-{j}": f"{known[j]}: {_numbers(curve(table, j)[1])}" for j in range(k)}
+    spoken["curve-average"] = f"average so far: {_numbers(_averages(table))}"
+    cells = {(i, j): float(table.R[i, j]) for i in range(k if k <= 20 else 0) for j in range(k)}
+    spoken |= {f"cell-{i}-{j}": f"after {known[i]}, on {known[j]}: {x:.4f}" for (i, j), x in cells.items()}
+    drawings = "\n".join(_drawing(figure, spoken) for figure in (curves(table, names), matrix(table, names)))
+    return PAGE.format(title=escape(f"{table.score.replace('_', ' ')} on {k} experiences"), drawings=drawings)
 
-    k, shown = table.experiences, labels(table.experiences, names)
-    titles = ("Forgetting curves", "R: after training on (rows), tested on (columns)")
-    figure: Any = make_subplots(rows=1, cols=2, column_widths=[0.55, 0.45], subplot_titles=titles)
-    for j, label in enumerate(shown):
-        x, y = curve(table, j)
-        line = {"color": to_hex(colormaps["viridis"](0.9 * j / max(k - 1, 1))), "width": 1.8}
-        mode = "lines" if table.has_between else "lines+markers"
-        figure.add_trace(Scatter(x=x, y=y, name=label, mode=mode, line=line), row=1, col=1)
-    average = after_each(average_accuracy, table.R[: table.finished, : table.finished]).tolist()
-    x = list(range(1, table.finished + 1))
-    figure.add_trace(Scatter(x=x, y=average, name="average so far", line={"color": AVERAGE, "width": 3}), row=1, col=1)
-    low, high = _limits(table)
-    cells = [[None if value != value else value for value in row] for row in table.R.tolist()]
-    numbers = "%{z:.2f}" if k <= 20 else ""
-    scale = {"colorscale": "Blues", "reversescale": not table.higher_is_better, "zmin": low, "zmax": high}
-    heat = Heatmap(z=cells, x=shown, y=shown, texttemplate=numbers, hoverongaps=False, colorbar={"x": 1.0}, **scale)
-    figure.add_trace(heat, row=1, col=2)
-    figure.update_xaxes(title_text="experiences seen", dtick=max(1, k // 12), row=1, col=1)
-    limits = [-0.02, 1.04] if table.score == "accuracy" else None
-    figure.update_yaxes(title_text=_words(table), range=limits, row=1, col=1)
-    figure.update_yaxes(autorange="reversed", row=1, col=2)
-    figure.update_layout(template="simple_white", height=620, legend={"orientation": "h", "y": -0.2}, margin={"t": 60})
-    return figure.to_html(include_plotlyjs=True, full_html=True)
+
+def _drawing(figure: Figure, spoken: Mapping[str, str]) -> str:
+    # matplotlib's svg, its text as text; a title inside an element is what a browser shows at the mouse.
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "clplat"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = f"<svg{file.getvalue().partition('<svg')[2]}"
+    text = re.sub(r"font-family: [^;]+; ", "", text)  # said once, in the page's style
+    text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
+    for identity, words in spoken.items():
+        text = text.replace(f'<g id="{identity}">', f'<g id="{identity}"><title>{escape(words)}</title>', 1)
+    return text
+
+
+def _numbers(values: Sequence[float]) -> str:
+    shown = [f"{value:.3f}" for value in values]
+    return " ".join(shown if len(shown) <= 50 else [*shown[:25], "...", *shown[-24:]])
+
+
+def _averages(table: ScoreTable) -> list[float]:
+    return after_each(average_accuracy, table.R[: table.finished, : table.finished]).tolist()
 
 
 def _words(table: ScoreTable) -> str:

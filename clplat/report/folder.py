@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from clplat.report import figures, provenance
+from clplat.report.spread import spread
 from clplat.report.summary import RunSummary
 from clplat.report.tables import markdown
 from clplat.scores import Results
@@ -70,7 +71,7 @@ def finish(
     labels = figures.labels(results.all.experiences, experiences)
     _write(folder / "result.json", json.dumps(summary.plain(), indent=1))
     with _whole(folder / "results.npz") as path:
-        np.savez(path, allow_pickle=False, **results.arrays())
+        np.savez_compressed(path, allow_pickle=False, **results.arrays())
     if found:
         with _whole(folder / "strategy.npz") as path:
             np.savez(path, allow_pickle=False, **found)
@@ -100,8 +101,9 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _table(results: Results, labels: Sequence[str]) -> dict[str, list[Any]]:
-    # The form in which MLflow's UI shows a json file as a table.
-    rows = [["untrained", *results.all.baseline.tolist()]]
-    rows += [[f"after {label}", *row] for label, row in zip(labels, results.R.tolist(), strict=True)]
+    # The form in which MLflow's UI shows a json file as a table. R is whole in results.npz.
+    chosen = spread(len(labels), figures.CELLS)
+    rows = [["untrained", *results.all.baseline[chosen].tolist()]]
+    rows += [[f"after {labels[i]}", *results.R[i, chosen].tolist()] for i in chosen]
     data = [[None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows]
-    return {"columns": ["trained", *labels], "data": data}
+    return {"columns": ["trained", *(labels[i] for i in chosen)], "data": data}

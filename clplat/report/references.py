@@ -7,9 +7,10 @@ joint reference of Chaudhry et al. (2018), and the mean of its row j over 0..j t
 from __future__ import annotations
 
 import logging
+import zipfile
+import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def _compared(run: RunSummary, candidates: list[tuple[RunSummary, Tensor]]) -> R
 
 
 def _setting(run: RunSummary) -> Hashable:
-    config = {key: value for key, value in run.config.items() if not key.startswith("strategy.")}
+    config = {key: value for key, value in run.config.items() if not key.startswith(("strategy.", "evaluation."))}
     seeds = {key: value for key, value in run.seeds.items() if key.startswith("stream.")}
     return run.stream, run.learner, run.score, run.on, *sorted((config | seeds).items())
 
@@ -69,6 +70,6 @@ def _scores(run: RunSummary) -> Tensor | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays["R"])
-    except (ValueError, OSError, KeyError, BadZipFile) as error:
-        log.warning("%s is torn, and left out (%s).", path, error)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s cannot be read (%s): this run is compared without its R.", path, error)
         return None

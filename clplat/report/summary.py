@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,9 @@ from clplat.report.flatten import flatten
 if TYPE_CHECKING:
     from clplat.scores import Results
 
-DIFFERENCES = ("stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "trainer")
+DIFFERENCES = (
+    "stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "evaluation", "trainer",
+)  # fmt: skip
 """Parts of the config that make two runs of one strategy different configurations; seeds do not."""
 
 
@@ -51,8 +52,8 @@ class RunSummary:
         score: what was scored.
         higher_is_better: False for losses.
         on: the sets that were scored, "test" or "valid".
-        config: the flattened config of `DIFFERENCES` without seeds, from `config.yaml` beside `result.json`; empty if
-            there is none.
+        config: the flattened config of `DIFFERENCES` without seeds, every `_target_` included, from `config.yaml`
+            beside `result.json`; empty if there is none.
         seeds: the seeds among it, likewise.
         folder: of the run, None if it was not read from one.
         references: folders of the runs that `intransigence` and `omega` compare it with.
@@ -112,32 +113,23 @@ def read_run(path: str | Path) -> RunSummary:
     Raises:
         ValueError: it is not the result of a run.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     path = Path(path)
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
         for part in ("metrics", "seen"):
             plain[part] = {name: math.nan if value is None else value for name, value in plain[part].items()}
-        config = _config(path.parent / "config.yaml")
-        seeds = {key: value for key, value in config.items() if key.endswith("seed")}
-        others = {key: value for key, value in config.items() if key not in seeds}
-        return RunSummary(**plain, config=others, seeds=seeds, folder=path.parent)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the result of a run ({type(error).__name__}: {error}).") from error
-
-
-def read_runs(paths: Iterable[Path]) -> tuple[list[RunSummary], list[str]]:
-    """Read what can be read of some `result.json`; a line for each that is torn or of something else.
-
-    Args:
-        paths: of the files.
-    """
-    runs, torn = [], []
-    for path in paths:
-        try:
-            runs.append(read_run(path))
-        except (ValueError, OSError) as error:
-            torn.append(f"left out: {error}")
-    return runs, torn
+        run = TypeAdapter(RunSummary).validate_python(plain)
+    except ValidationError as error:
+        wrong = ", ".join(sorted({str(e["loc"][0]) for e in error.errors() if e["loc"]}))
+        raise ValueError(f"{path} is not the result of a run (missing or wrong: {wrong or 'all of it'}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is not the result of a run ({_reason(error)}).") from error
+    config = _config(path.parent / "config.yaml")
+    seeds = {key: value for key, value in config.items() if key.endswith("seed")}
+    others = {key: value for key, value in config.items() if key not in seeds}
+    return replace(run, config=others, seeds=seeds, folder=path.parent)
 
 
 def _config(path: Path) -> dict[str, str]:
@@ -146,8 +138,12 @@ def _config(path: Path) -> dict[str, str]:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no configuration ({str(error).splitlines()[0]}).") from error
-    flat = flatten({part: config[part] for part in DIFFERENCES if part in config})
-    return {key: str(value) for key, value in flat.items() if not key.endswith("_target_")}
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        flat = flatten({part: config[part] for part in DIFFERENCES if part in config})
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not the configuration of a run ({_reason(error)}).") from error
+    return {key: str(value) for key, value in flat.items()}
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

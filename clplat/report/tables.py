@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clplat.metrics import METRICS
+from clplat.report.runs import identity, shown, what_differs
 from clplat.report.summary import Names, RunSummary
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from clplat.scores import Results, ScoreTable
 
-IDENTITY = ("stream", "learner", "strategy", "scored on")
-"""Names that tell configurations apart before any key of the config does."""
+ALWAYS = ("average", "forgetting")
+"""Metrics that every table over runs shows, undefined or not."""
 
 
 def print_run(
@@ -53,7 +53,7 @@ def print_run(
         console.print(f"curves: {where}", soft_wrap=True, highlight=False)
 
 
-def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> None:
+def print_sweep(runs: Sequence[RunSummary], console: Console | None = None, notes: Sequence[str] = ()) -> None:
     """Print the forgetting table: a row for each configuration, mean ± standard deviation over its seeds.
 
     Configurations are told apart by whatever differs: stream, learner, strategy, the sets that were scored, then keys of
@@ -62,8 +62,9 @@ def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> N
     for the row. The best average comes first.
 
     Args:
-        runs: in any order.
+        runs: in any order, none twice.
         console: None for standard output.
+        notes: sentences to print below, such as what was left out.
     """
     from rich.console import Console
     from rich.table import Table
@@ -87,6 +88,8 @@ def print_sweep(runs: Sequence[RunSummary], console: Console | None = None) -> N
         if dropped:
             console.print(f"left out for want of room: {', '.join(dropped)}", highlight=False)
         _print_references(members, console)
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
 
 
 def _columns(rows: Sequence[tuple[dict[str, str], list[RunSummary]]], words: str) -> dict[str, list[str]]:
@@ -97,14 +100,15 @@ def _columns(rows: Sequence[tuple[dict[str, str], list[RunSummary]]], words: str
         if metric == "average" and any(run.seen for _, members in rows for run in members):
             cells = [mean_and_spread([run.seen.get(metric, math.nan) for run in members]) for _, members in rows]
             columns |= {"seen classes only": cells}
-    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
+    always = {*rows[0][0], *(_heading(name, words) for name in ALWAYS)}
+    columns = {heading: cells for heading, cells in columns.items() if heading in always or set(cells) != {"-"}}
     return columns | {"seeds": [str(len(members)) for _, members in rows]}
 
 
 def _fit(columns: dict[str, list[str]], words: str, width: int) -> list[str]:
-    # Takes columns out until the table fits; never the average and forgetting.
+    # Takes columns out until the table fits.
     dropped = []
-    for name in sorted(METRICS, key=lambda name: METRICS[name].priority)[:-2]:
+    for name in sorted({*METRICS} - {*ALWAYS}, key=lambda name: METRICS[name].priority):
         if sum(_width(heading, cells) + 2 for heading, cells in columns.items()) <= width:
             break
         if columns.pop(_heading(name, words), None):
@@ -116,16 +120,10 @@ def _print_references(runs: Sequence[RunSummary], console: Console) -> None:
     folders = sorted({folder for run in runs for folder in run.references})
     if folders:
         console.print(
-            f"intransigence and omega against {', '.join(str(_short(folder)) for folder in folders)}",
+            f"intransigence and omega against {', '.join(shown(folder) for folder in folders)}",
             soft_wrap=True,
             highlight=False,
         )
-
-
-def _short(folder: Path) -> Path:
-    """The folder as seen from here, if it lies below."""
-    folder = folder.resolve()
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _heading(metric: str, words: str) -> str:
@@ -142,26 +140,18 @@ def group(runs: Sequence[RunSummary]) -> list[tuple[dict[str, str], list[RunSumm
     `strategy` is always among these; stream, learner, sets and keys of the config only if they differ. Keys that only some
     strategies have tell apart the configurations of one strategy, and are not shown for others.
     """
-    described = [(_identity(run), run) for run in runs]
-    names = IDENTITY
-    shown = [n for n in names if n == "strategy" or len({d[n] for d, _ in described}) > 1]
-    for key in sorted({key for d, _ in described for key in d if key not in names}):
-        # A key counts if it differs between two runs that the names alone do not tell apart.
-        values: dict[tuple[str, ...], set[str | None]] = {}
-        for d, _ in described:
-            values.setdefault(tuple(d[n] for n in names), set()).add(d.get(key))
-        if any(len(found) > 1 for found in values.values()):
-            shown.append(key)
+    described = [(identity(run), run) for run in runs]
+    differing = what_differs([d for d, _ in described])
     groups: dict[tuple[str, ...], list[RunSummary]] = {}
     for d, run in described:
-        groups.setdefault(tuple(d.get(key, "") for key in shown), []).append(run)
+        groups.setdefault(tuple(d.get(key, "") for key in differing), []).append(run)
     sign = -1.0 if runs and runs[0].higher_is_better else 1.0
 
     def rank(item: tuple[tuple[str, ...], list[RunSummary]]) -> tuple[float, tuple[str, ...]]:
         average = statistics.fmean(run.metrics.get("average", math.nan) for run in item[1])
         return (math.inf if math.isnan(average) else sign * average, item[0])
 
-    return [(dict(zip(shown, key, strict=True)), members) for key, members in sorted(groups.items(), key=rank)]
+    return [(dict(zip(differing, key, strict=True)), members) for key, members in sorted(groups.items(), key=rank)]
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -191,10 +181,6 @@ def markdown(results: Results, metrics: Mapping[str, float], labels: Sequence[st
         for label, row in zip(labels, results.R.tolist(), strict=True):
             lines.append(f"| {label} | " + " | ".join("" if math.isnan(x) else f"{x:.3f}" for x in row) + " |")
     return "\n".join(lines)
-
-
-def _identity(run: RunSummary) -> dict[str, str]:
-    return {"stream": run.stream, "learner": run.learner, "strategy": run.strategy, "scored on": run.on, **run.config}
 
 
 def _matrix(results: ScoreTable) -> Table:

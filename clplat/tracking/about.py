@@ -1,8 +1,7 @@
-"""Description of a run for MLflow's UI: its origin, its data sets, its colour."""
+"""Description of a run for MLflow's UI: its origin and its data sets."""
 
 from __future__ import annotations
 
-import colorsys
 import getpass
 import hashlib
 import json
@@ -16,6 +15,10 @@ from clplat.report import provenance
 
 if TYPE_CHECKING:
     from clplat.streams.experience import Stream
+
+
+TABLE = json.dumps([{"path": "results_table.json", "type": "table"}])
+"""Value of the tag by which MLflow's UI shows a json file as a table."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,3 @@ def origin() -> dict[str, str]:
         "torch.version": provenance.version("torch"),
     }
     return shown | ({"mlflow.source.git.commit": commit} if commit else {})
-
-
-def run_color(strategy: str) -> str:
-    """Colour of a strategy's runs in the UI: the same in every experiment, on every machine.
-
-    The hue, and one of three shades that are dark enough on white, follow from the name alone.
-    """
-    digest = hashlib.sha256(strategy.encode()).digest()
-    hue, shade = int.from_bytes(digest[:2], "big") / 65536, digest[2] % 3
-    rgb = colorsys.hls_to_rgb(hue, (0.27, 0.36, 0.45)[shade], (0.85, 0.55, 0.7)[shade])
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)

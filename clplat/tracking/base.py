@@ -18,6 +18,15 @@ class TrackingError(UserError):
     """A tracking store that cannot be used; the message says what was tried and what to do."""
 
 
+def unusable(store: object, error: Exception) -> TrackingError:
+    """What to raise where opening a store raised an error."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return TrackingError(
+        f"Cannot use the MLflow store {store}: {reason}. Give another one with tracking.uri=..., or correct or unset "
+        "MLFLOW_TRACKING_URI."
+    )
+
+
 class Tracker(Protocol):
     """Copies what a run logs, and what lies in its folder, to some store.
 

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clplat.tracking import view
+from clplat.tracking import charts, limits
 from clplat.tracking.base import TrackingError
-from clplat.tracking.outbox import SPILL, Outbox, Value
-from clplat.tracking.store import absolute_uri, check_server, database_path, first_line, metric_key, open_store
+from clplat.tracking.limits import metric_key
+from clplat.tracking.outbox import FIELDS, SPILL, Outbox, PlaceError, Value
+from clplat.tracking.store import (
+    absolute_uri,
+    check_file,
+    check_server,
+    database_path,
+    default_uri,
+    first_line,
+    open_store,
+)
+from clplat.tracking.view import Shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
+
+ABOUT = ("uri", "run_id")
+"""What every line of a spill file says."""
+
+REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+"""MLflow's words for what it will never take."""
 
 
 class MlflowRun:
@@ -41,8 +56,7 @@ class MlflowRun:
             batch = [Metric(metric_key(key), value, at, step) for key, value, step, at in values]
             self.client.log_batch(self.run_id, metrics=batch)
         except (MlflowException, TypeError, OverflowError) as error:
-            refused = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
-            if isinstance(error, MlflowException) and error.error_code not in refused:
+            if isinstance(error, MlflowException) and error.error_code not in REFUSED:
                 raise
             if len(values) == 1:
                 log.warning("MLflow refused %s: %s", values[0][0], first_line(error))
@@ -55,61 +69,86 @@ class MlflowRun:
         """The steps at which the run holds a value under this key."""
         return {value.step for value in self.client.get_metric_history(self.run_id, metric_key(key))}
 
-    def do(self, job: dict[str, Any]) -> None:
-        """Upload an artifact, set a tag, log params or an input, write the charts view, or end the run."""
+    def do(self, job: dict[str, Any]) -> bool:
+        """Upload an artifact, set a tag, log params or an input, name lines, write the charts view, or end the run.
+
+        Returns:
+            False if it can never be done: MLflow refuses it whatever the state of the store, or its file is gone.
+
+        Raises:
+            OSError: a file of the run cannot be copied to its place among the artifacts, now.
+            Exception: the store is away.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._do(job)
+        except MlflowException as error:
+            if error.error_code not in REFUSED:
+                raise
+            return _refused(job, error)
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            if isinstance(error, OSError):  # as errors of a connection are
+                raise
+            return _refused(job, error)
+        return True
+
+    def _do(self, job: dict[str, Any]) -> None:
         kind, client = job["kind"], self.client
         if kind == "artifact":
-            path = inside(self.folder, job["path"])
-            upload = client.log_artifacts if path.is_dir() else client.log_artifact
-            upload(self.run_id, str(path), job["to"])
+            self._upload(inside(self.folder, job["path"]), job["to"])
         elif kind == "tag":
-            client.set_tag(self.run_id, job["key"], job["value"])
+            client.set_tag(self.run_id, job["key"][: limits.KEY], job["value"][: limits.TAG])
         elif kind == "params":
-            known = client.get_run(self.run_id).data.params
-            self.log_params({key: value for key, value in job["params"].items() if metric_key(key) not in known})
+            self.log_params(job["params"])
         elif kind == "input":
             self._log_input(job)
+        elif kind == "lines":
+            charts.name_lines(client, job["experiment_id"])
         elif kind == "view":
-            self._write_view(job)
+            charts.write_view(client, job["experiment_id"], job["score"], Shown(**job["shown"]))
         elif kind == "status":
             client.set_terminated(self.run_id, job["status"])
+        else:
+            raise ValueError(f"no such job: {kind}")
+
+    def _upload(self, path: Path, to: str | None) -> None:
+        if not path.exists():
+            raise ValueError(f"{path} is gone")
+        place = self.client.get_run(self.run_id).info.artifact_uri
+        try:
+            (self.client.log_artifacts if path.is_dir() else self.client.log_artifact)(self.run_id, str(path), to)
+        except OSError as error:
+            if isinstance(error, ConnectionError) or error.filename is None:
+                raise
+            raise PlaceError(f"{path.name} cannot be copied to {place} ({error.strerror})") from error
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Log params in batches, keys made acceptable and values cut at 6000 characters."""
+        """Log params that the run does not have yet; what is too long is cut."""
         from mlflow.entities import Param
 
-        items = [Param(metric_key(k), v if len(v) <= 6000 else v[:5997] + "...") for k, v in params.items()]
-        for first in range(0, len(items), 100):
-            self.client.log_batch(self.run_id, params=items[first : first + 100])
+        known = self.client.get_run(self.run_id).data.params
+        new = {key: value for key, value in limits.params(params).items() if key not in known}
+        for batch in limits.batches(new):
+            self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in batch])
 
     def _log_input(self, job: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = Dataset(
-            name=job["name"][:500],
-            digest=job["digest"][:36],
+            name=job["name"][: limits.DATASET_NAME],
+            digest=job["digest"][: limits.DATASET_DIGEST],
             source_type="clplat",
-            source=json.dumps({"source": job["source"]}),
+            source=limits.dataset_source(job["source"]),
             profile=json.dumps({"num_rows": job["examples"]}),
         )
         self.client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", job["context"])])])
 
-    def _write_view(self, job: Mapping[str, Any]) -> None:
-        identity = job["experiment_id"]
-        tags = self.client.get_experiment(identity).tags
-        # A view covers every score and the longest stream that the experiment has seen.
-        scores = json.loads(tags.get("clplat.scores", "{}"))
-        longest = max(job["experiences"], scores.get(job["score"], [0])[0])
-        scores[job["score"]] = [longest, job["higher_is_better"]]
-        state = view.view_state({name: tuple(value) for name, value in scores.items()}, job["group_by"])
-        shown = tags.get(view.VIEW_TAG)
-        if shown is None or view.decode_view(shown) != state:
-            encoded = view.encode_view("Forgetting curves", state, int(time.time() * 1000))
-            self.client.set_experiment_tag(identity, "clplat.scores", json.dumps(scores))
-            self.client.set_experiment_tag(identity, view.VIEW_TAG, encoded)
-        if not tags.get("mlflow.note.content"):
-            link = view.charts_url("", identity)
-            self.client.set_experiment_tag(identity, "mlflow.note.content", f"[**Open the forgetting curves**]({link})")
+
+def _refused(job: Mapping[str, Any], error: Exception) -> bool:
+    what = " ".join(str(job[key]) for key in ("kind", "key", "path", "name") if key in job)
+    log.warning("Not tracked: %s, which MLflow never takes (%s).", what, first_line(error))
+    return False
 
 
 def inside(folder: Path, path: str) -> Path:
@@ -154,8 +193,26 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
     spill = Path(folder).absolute() / SPILL
     if not spill.exists():
         return 0
-    lines = [json.loads(line) for line in spill.read_text(encoding="utf-8").splitlines()]
+    lines, torn = _read_spill(spill)
+    if torn:
+        log.warning("%s is damaged in line %s; the rest of it is sent.", spill, ", ".join(map(str, torn)))
+    if lines:
+        _send(lines, spill, uri)
+    if torn:
+        spill.replace(spill.with_suffix(".damaged"))
+    else:
+        spill.unlink()
+    return len(lines)
+
+
+def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
     store = absolute_uri(uri or lines[0]["uri"])
+    database = database_path(store)
+    if database is not None and not database.exists():
+        here = database_path(default_uri())
+        if here is None or not here.exists():
+            check_file(store)
+        store = default_uri()
     _judge(spill, lines, store)
     check_server(store)
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -170,5 +227,19 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
             outbox.send()
         except Exception as error:
             raise TrackingError(f"{spill} could not be sent to {store}: {first_line(error)}") from error
-    spill.unlink()
-    return len(lines)
+
+
+def _read_spill(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines that are whole, and the numbers of those that are not."""
+    lines, torn = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        wanted = ABOUT + (("kind",) if isinstance(line, dict) and "kind" in line else FIELDS)
+        if isinstance(line, dict) and all(key in line for key in wanted):
+            lines.append(line)
+        else:
+            torn.append(number)
+    return lines, torn

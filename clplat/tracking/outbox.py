@@ -36,9 +36,13 @@ class Store(Protocol):
         """The steps at which the run holds a value under this key."""
         ...
 
-    def do(self, job: dict[str, Any]) -> None:
-        """Do anything else: upload a file, set a tag, end the run."""
+    def do(self, job: dict[str, Any]) -> bool:
+        """Do anything else: upload a file, set a tag, end the run. False if the store will never do it."""
         ...
+
+
+class PlaceError(OSError):
+    """A file that cannot be written where the store keeps files; the store itself is there."""
 
 
 class Outbox:
@@ -67,7 +71,7 @@ class Outbox:
         self._file = threading.Lock()
         self._closing = threading.Event()
         self._deadline = math.inf
-        self._away = False
+        self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def drop_stored(self) -> None:
@@ -157,7 +161,8 @@ class Outbox:
                 self.store.do(self.jobs[0])
                 self.jobs.popleft()
             except Exception as error:
-                failure = error
+                # That the store is away matters more than that one of its folders cannot be written.
+                failure = error if failure is None or isinstance(failure, PlaceError) else failure
                 self.jobs.rotate(-1)
         if failure is not None:
             raise failure
@@ -182,15 +187,19 @@ class Outbox:
         try:
             self.send()
         except Exception as error:
-            if not self._away:
+            if self._failure is None:
                 reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-                log.warning("%s is away; values are kept and sent later (%s).", self.about.get("uri"), reason)
-            self._away = True
+                if isinstance(error, PlaceError):
+                    log.warning("%s. It is tried again; the file lies in the run's folder, %s.", reason, self.folder)
+                else:
+                    log.warning("%s is away; values are kept and sent later (%s).", self.about.get("uri"), reason)
+            self._failure = error
             self.keep()
             return False
-        if self._away:
-            log.warning("%s is back; what was kept has been sent.", self.about.get("uri"))
-            self._away = False
+        if self._failure is not None:
+            back = "The place" if isinstance(self._failure, PlaceError) else self.about.get("uri")
+            log.warning("%s is back; what was kept has been sent.", back)
+            self._failure = None
         if (self.folder / SPILL).exists():
             self.keep()
         return True

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 
 from clplat.tracking.base import TrackingError
+from clplat.tracking.sqlite import relocate
 from clplat.tracking.store import check_server, database_path, default_uri, without_password
 from clplat.tracking.view import VIEW_TAG, charts_url
 
@@ -47,6 +49,9 @@ def ui(uri: str | None = None, port: int = PORT) -> int:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise TrackingError(f"Port {port} on 127.0.0.1 is taken. Give another one.")
+    if database is not None:
+        with contextlib.suppress(sqlite3.Error):  # a store that cannot be changed can be looked at
+            relocate(database)
     host = f"http://127.0.0.1:{port}"
     # Without these two the server takes 2 GB and ten processes.
     environment = {
@@ -58,7 +63,7 @@ def ui(uri: str | None = None, port: int = PORT) -> int:
     command += ["--uvicorn-opts", "--log-level warning"]  # a line for every request would bury the links
     command += ["--backend-store-uri", uri if database is None else f"sqlite:///{database}"]
     if database is not None:
-        command += ["--artifacts-destination", (database.parent / "mlruns").as_uri()]
+        command += ["--artifacts-destination", (database.resolve().parent / "mlruns").as_uri()]
     # In a session of its own the server and its worker can be stopped together.
     server = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
     stopped = False

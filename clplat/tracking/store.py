@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import posixpath
-import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clplat.tracking import sqlite
 from clplat.tracking.base import TrackingError
 
 if TYPE_CHECKING:
@@ -84,6 +83,20 @@ def check_server(uri: str, timeout: float = 3.0) -> None:
     )
 
 
+def check_file(uri: str) -> None:
+    """Refuse an SQLite file that is not there, where a run that began in it is to go on; opening would make a new one.
+
+    Raises:
+        TrackingError: it is not there.
+    """
+    database = database_path(uri)
+    if database is not None and not database.exists():
+        raise TrackingError(
+            f"This run is in the MLflow store {database}, which is not there. If it was moved, work in the folder that "
+            "holds it now, or name it with tracking.uri=sqlite:///PATH."
+        )
+
+
 def open_store(uri: str) -> MlflowClient:
     """A client of the store at `uri`; an SQLite file that does not exist is created.
 
@@ -97,8 +110,6 @@ def open_store(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    import sqlite3
-
     import filelock
     from mlflow import MlflowClient
 
@@ -107,16 +118,14 @@ def open_store(uri: str) -> MlflowClient:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the outbox says it once
         return MlflowClient(tracking_uri=uri)
     database.parent.mkdir(parents=True, exist_ok=True)
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Of each error SQLAlchemy and MLflow print a traceback and the whole statement; the outbox says it in one line.
+    for noisy in ("alembic", "mlflow.store", "sqlalchemy.pool"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     with filelock.FileLock(f"{database}.lock", timeout=120):
+        sqlite.prepare(database)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-        connection = sqlite3.connect(database)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        finally:
-            connection.close()
+        sqlite.relocate(database)
     return client
 
 
@@ -131,7 +140,7 @@ def open_experiment(client: MlflowClient, name: str, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         database = database_path(uri)
-        location = None if database is None else (database.parent / "mlruns" / metric_key(name)).as_uri()
+        location = None if database is None else sqlite.artifacts(database, name).as_uri()
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException:  # another process was faster
@@ -143,12 +152,6 @@ def open_experiment(client: MlflowClient, name: str, uri: str) -> str:
             f"The MLflow experiment {name!r} was deleted: restore it, or choose another one with tracking.experiment=..."
         )
     return found.experiment_id
-
-
-def metric_key(name: str) -> str:
-    """The nearest key that MLflow accepts: letters, digits, `_ - . : /` and blanks, no path detours, 250 characters."""
-    clean = re.sub(r"[^/\w.\- :]", "_", name)
-    return posixpath.normpath(re.sub(r"\.\.+", "_", clean).strip("/") or "_")[:250]
 
 
 def first_line(error: Exception) -> str:

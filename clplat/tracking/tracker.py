@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import math
 import time
@@ -12,26 +11,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clplat.checks import at_least, within
 from clplat.lightning import rank_zero_only
-from clplat.metrics import forgetting_so_far
+from clplat.report.figures import labels
 from clplat.report.flatten import flatten
 from clplat.report.folder import ORIGIN, OUTCOME
 from clplat.tracking import about, base
 from clplat.tracking.about import DataInput
-from clplat.tracking.base import TrackingError
+from clplat.tracking.base import TrackingError, unusable
+from clplat.tracking.curves import curve_values, shown
+from clplat.tracking.limits import KEY, STEP, TAG, check_name, cut
 from clplat.tracking.mlflow_run import MlflowRun, sync
 from clplat.tracking.outbox import Outbox
 from clplat.tracking.server import HOST
 from clplat.tracking.store import (
     absolute_uri,
+    check_file,
     check_server,
     default_uri,
-    first_line,
-    metric_key,
     open_experiment,
     open_store,
 )
-from clplat.tracking.view import charts_url, experience_key
+from clplat.tracking.view import charts_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,7 +52,8 @@ class Tracker(base.Tracker):
         experiment: name of the MLflow experiment.
         uri: the store; None: $MLFLOW_TRACKING_URI, else `mlruns.db` in the working directory. An SQLite file is put
             in WAL mode (not for network file systems: run a server there), its artifacts go to `mlruns/` beside it.
-        group_by: the params that name a line in the charts; the runs of a line are averaged, with their spread.
+        curves: at most so many experiences, evenly chosen, get a curve of their own; None: all, which makes K² / 2
+            values of K experiences. R is in the run's folder anyway.
         log_model: upload checkpoints given to `log_checkpoint`.
         every: seconds between two sendings.
     """
@@ -61,18 +63,22 @@ class Tracker(base.Tracker):
         folder: str | Path,
         experiment: str = "clplat",
         uri: str | None = None,
-        group_by: Sequence[str] = ("strategy.name",),
+        curves: int | None = 20,
         log_model: bool = False,
         every: float = 1.0,
     ) -> None:
+        at_least(0, curves=curves)
+        within(0.01, 3600.0, every=every)
+        check_name(experiment)
         self.uri = absolute_uri(uri or default_uri())
         self.folder = Path(folder).absolute()
         self.run_id = ""
         self.experiment_id = ""
         self.experiment = experiment
         self.client: MlflowClient | None = None
-        """For what is not covered here; the run is `run_id`. Its calls wait and raise."""
-        self._group_by = list(group_by)
+        """For what is not covered here. Its calls wait and raise."""
+        self._curves = curves
+        self._stream, self._titles = "stream", list[str]()
         self._log_model = log_model
         self._active = rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it on the function
         self._about = {"uri": self.uri, "run_id": ""}
@@ -102,6 +108,8 @@ class Tracker(base.Tracker):
         if not self._active:
             return ""
         check_server(self.uri)
+        if run_id is not None:
+            check_file(self.uri)
         flat = {key: str(value) for key, value in flatten(params).items()}
         flat |= {"stream.name": names.stream, "learner.name": names.learner, "strategy.name": names.strategy}
         try:
@@ -109,31 +117,28 @@ class Tracker(base.Tracker):
             client = open_store(self.uri)
             sync(self.folder, self.uri)
             self.experiment_id = open_experiment(client, self.experiment, self.uri)
-            known: Mapping[str, str] = {}
             if run_id is None:
-                shown = about.origin() | {"mlflow.runColor": about.run_color(names.strategy)}
-                shown |= {"sweep": names.sweep} if names.sweep else {}
+                origin = about.origin() | ({"sweep": cut(names.sweep, TAG)} if names.sweep else {})
                 name = f"{names.strategy} {names.learner} {names.stream} seed {flat.get('seed', '?')}"
-                run_id = str(client.create_run(self.experiment_id, tags=shown, run_name=name).info.run_id)
+                run_id = str(client.create_run(self.experiment_id, tags=origin, run_name=cut(name, KEY)).info.run_id)
             else:
-                known = client.get_run(run_id).data.params
                 client.update_run(run_id, status="RUNNING")
                 self._outbox.drop_stored()
             store = MlflowRun(client, run_id, self.folder)
-            store.log_params({key: value for key, value in flat.items() if metric_key(key) not in known})
+            store.log_params(flat)
         except TrackingError:
             raise
         except Exception as error:  # each kind of store has errors of its own
-            raise TrackingError(
-                f"Cannot use the MLflow store {self.uri}: {first_line(error)}. Give another one with tracking.uri=..., "
-                "or correct or unset MLFLOW_TRACKING_URI."
-            ) from error
+            raise unusable(self.uri, error) from error
         self.run_id = self._about["run_id"] = run_id
         self.client = client
         self._outbox.start(store)
         atexit.register(self.close, "KILLED")
         self._upload(ORIGIN)
+        self._stream = names.stream
+        self._job("lines", experiment_id=self.experiment_id)
         if stream is not None:
+            self._titles = labels(len(stream), [experience.name for experience in stream])
             self.log_inputs(about.inputs(stream, params))
         return run_id
 
@@ -146,11 +151,11 @@ class Tracker(base.Tracker):
         """
         if not self._active:
             return
-        now, at = int(time.time() * 1000), int(step)
+        now, at = int(time.time() * 1000), min(max(int(step), -STEP), STEP)
         for key, value in metrics.items():
             try:
                 self._outbox.values.append((key, float(value), at, now))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 log.warning("Not logged: %s = %r is not a number.", key, value)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -159,28 +164,21 @@ class Tracker(base.Tracker):
     def log_results(self, results: Results) -> None:
         """Log the score on each experience trained so far, their average, and forgetting.
 
-        Keys are `<score>/average`, `<score>/experience_00`..., `forgetting/average`, and with unseen classes masked
-        `<score>_seen/average`. The experiment gets its saved view of these charts with the first row.
+        Keys are `<score>/average`, `forgetting/average`, with unseen classes masked `<score>_seen/average`, and for up to
+        `curves` experiences `<score>/<stream>/experience_00`... The experiment gets its saved view of these charts with
+        the first row.
         """
-        table, n = results.all, results.all.finished
-        if n == 0:
-            return
-        if n == 1:
-            fields = {"experiment_id": self.experiment_id, "score": table.score, "experiences": table.experiences}
-            self._job("view", **fields, higher_is_better=table.higher_is_better, group_by=self._group_by)
-        row = table.R[n - 1, :n]
-        values = {f"{table.score}/average": float(row.mean()), "forgetting/average": forgetting_so_far(table)}
-        values |= {experience_key(table.score, j): float(row[j]) for j in range(n)}
-        if results.seen.finished == n:
-            values[f"{table.score}_seen/average"] = float(results.seen.R[n - 1, :n].mean())
-        self.log({key: value for key, value in values.items() if not math.isnan(value)}, step=n)
+        if results.all.finished in (1, results.all.experiences):
+            fields = asdict(shown(results, self._stream, self._titles, self._curves))
+            self._job("view", experiment_id=self.experiment_id, score=results.all.score, shown=fields)
+        if results.all.finished:
+            self.log(curve_values(results, self._stream, self._curves), step=results.all.finished)
 
     def finish(self, metrics: Mapping[str, float], step: int) -> None:
         """Log `summary/<name>` for each metric that is defined, and upload tables, figures and the run's note."""
         self.log({f"summary/{name}": value for name, value in metrics.items() if not math.isnan(value)}, step)
         self._upload(OUTCOME)
-        # The UI shows a json file as a table only if this tag names it.
-        self.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": "results_table.json", "type": "table"}]))
+        self.set_tag("mlflow.loggedArtifacts", about.TABLE)
         if (self.folder / "table.md").exists():
             self.set_tag("mlflow.note.content", (self.folder / "table.md").read_text(encoding="utf-8"))
 
@@ -202,7 +200,7 @@ class Tracker(base.Tracker):
 
     def set_tag(self, key: str, value: str) -> None:
         """Tag the run, cut at 8000 characters."""
-        self._job("tag", key=key, value=value[:8000])
+        self._job("tag", key=key, value=cut(value, TAG))
 
     def persist(self) -> None:
         """Write down what is not sent yet. A run that is killed, and resumed from there, then misses no value."""
@@ -223,6 +221,7 @@ class Tracker(base.Tracker):
         if not self.run_id:
             return 0
         self._job("status", status=status)
+        self._job("lines", experiment_id=self.experiment_id)
         return self._outbox.close(timeout)
 
     def charts_url(self, host: str = "") -> str:
@@ -230,7 +229,7 @@ class Tracker(base.Tracker):
         return charts_url(host or self._host(), self.experiment_id)
 
     def where(self) -> str:
-        if not self._active or not self.run_id:
+        if not self.run_id:
             return "not tracked"
         if self._host() == self.uri:
             return self.charts_url()

@@ -9,52 +9,95 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from clplat.report.spread import spread
+from clplat.tracking.limits import EXPERIMENT_TAG
+from clplat.tracking.lines import LINE
 
 VIEW_KEY = "clplat"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 
 
-def experience_key(score: str, index: int) -> str:
-    """The MLflow key of the score on one experience: `accuracy/experience_00`."""
-    return f"{score}/experience_{index:02d}"
+LEARNED = "experiences learned"
+"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step"."""
+
+EACH = 100
+"""At most so many charts of single experiences a stream."""
 
 
-def view_state(scores: Mapping[str, tuple[int, bool]], group_by: Sequence[str] = ("strategy.name",)) -> dict[str, Any]:
-    """The view: average score and forgetting on top, then a chart for each experience.
+@dataclass
+class Shown:
+    """What the charts of one score show.
 
-    Lines are means over the runs of a group with the spread of its seeds, x axes count experiences seen.
+    Attributes:
+        higher_is_better: False for losses.
+        streams: of each stream in the MLflow experiment, the names of its experiences that have curves, by number; ""
+            where runs do not agree.
+        low: the lowest score so far.
+        high: the highest.
+    """
+
+    higher_is_better: bool
+    streams: dict[str, dict[str, str]]
+    low: float | None = None
+    high: float | None = None
+
+    def merged(self, other: Shown) -> Shown:
+        """What charts of both show."""
+        streams = {name: dict(experiences) for name, experiences in self.streams.items()}
+        for name, experiences in other.streams.items():
+            known = streams.setdefault(name, {})
+            for number, title in experiences.items():
+                known[number] = title if known.get(number, title) == title else ""
+        lows, highs = ([x for x in pair if x is not None] for pair in ((self.low, other.low), (self.high, other.high)))
+        return Shown(other.higher_is_better, streams, min(lows, default=None), max(highs, default=None))
+
+
+def experience_key(score: str, stream: str, index: int) -> str:
+    """The MLflow key of the score on one experience: `accuracy/split_digits/experience_00`."""
+    return f"{score}/{stream.replace('/', '_')}/experience_{index:02d}"
+
+
+def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
+    """The view: average score and forgetting on top, then, for each stream, a chart for each experience.
+
+    Lines are means over the runs of a configuration with the spread of its seeds, x axes count experiences learned.
 
     Args:
-        scores: for each score logged in this MLflow experiment, the number of experiences K and whether higher is
-            better.
-        group_by: the params that name a group.
+        scores: for each score logged in this MLflow experiment, what to show of it.
+        each: at most so many charts of single experiences a stream, evenly chosen.
     """
     charts: list[dict[str, Any]] = []
     sections: list[dict[str, Any]] = []
-    for score, (count, _) in scores.items():
-        words, top, each = score.replace("_", " "), f"{score}-average", f"{score}-each"
-        level, change = ((0.0, 1.02), (-0.1, 1.02)) if score == "accuracy" else (None, None)
+    for score, shown in scores.items():
+        words, top = score.replace("_", " "), f"{score}-average"
+        level = _limits(score, shown)
         sections.append(_section(top, f"Average {words}, forgetting"))
-        sections.append(_section(each, "Forgetting curves"))
-        charts.append(_line(top, f"{score}/average", level))
-        charts.append(_line(top, "forgetting/average", change))
-        charts.append(_chart("BAR", top, f"{score}/average"))
-        charts += [_line(each, experience_key(score, j), level) for j in range(count)]
-    first, (_, higher) = next(iter(scores.items()))
-    groups = [{"mode": "param", "groupByData": name} for name in group_by]
+        charts.append(_line(top, f"{score}/average", f"average {words}", level))
+        charts.append(_line(top, "forgetting/average", "forgetting", None))
+        charts.append(_chart("BAR", top, f"{score}/average", f"average {words}, at last"))
+        for stream, experiences in shown.streams.items():
+            section = f"{score}-{stream}"
+            sections.append(_section(section, "Forgetting curves" + (f": {stream}" if len(shown.streams) > 1 else "")))
+            numbers = sorted(map(int, experiences))
+            for number in (numbers[i] for i in spread(len(numbers), each)):
+                title = experiences[str(number)] or f"experience {number}"
+                charts.append(_line(section, experience_key(score, stream, number), title, level))
+    first, shown = next(iter(scores.items()))
     return {
-        "searchFilter": "",
+        "searchFilter": f"tags.{LINE} != ''",
         "orderByKey": f"metrics.`{first}/average`",
-        "orderByAsc": not higher,
+        "orderByAsc": not shown.higher_is_better,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"params.`{name}`" for name in (*group_by, "seed")),
             *(f"metrics.`{key}`" for key in (f"{first}/average", "forgetting/average")),
+            *(f"params.`{name}`" for name in ("seed", "strategy.name", "learner.name", "stream.name")),
         ],
         "columnOrder": [],
         "columnWidths": {},
@@ -70,11 +113,20 @@ def view_state(scores: Mapping[str, tuple[int, bool]], group_by: Sequence[str] =
         "isAccordionReordered": True,
         "useGroupedValuesInCharts": True,
         "hideEmptyCharts": True,
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": groups} if groups else None,
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": LINE}]},
         "groupsExpanded": {},
         "autoRefreshEnabled": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
+
+
+def _limits(score: str, shown: Shown) -> tuple[float, float] | None:
+    if score == "accuracy":
+        return 0.0, 1.02
+    if shown.low is None or shown.high is None:
+        return None
+    room = 0.05 * (shown.high - shown.low) or 0.05 * abs(shown.high) or 1.0
+    return shown.low - room, shown.high + room
 
 
 def _section(identity: str, name: str) -> dict[str, Any]:
@@ -88,7 +140,7 @@ def _section(identity: str, name: str) -> dict[str, Any]:
     }
 
 
-def _chart(kind: str, section: str, key: str) -> dict[str, Any]:
+def _chart(kind: str, section: str, key: str, title: str) -> dict[str, Any]:
     return {
         "uuid": f"{kind}-{section}-{key}",
         "type": kind,
@@ -96,47 +148,66 @@ def _chart(kind: str, section: str, key: str) -> dict[str, Any]:
         "metricSectionId": section,
         "deleted": False,
         "isGenerated": False,
-        "displayName": key,
+        "displayName": title,
         "metricKey": key,
     }
 
 
-def _line(section: str, key: str, limits: tuple[float, float] | None) -> dict[str, Any]:
-    return _chart("LINE", section, key) | {
+def _line(section: str, key: str, title: str, limits: tuple[float, float] | None) -> dict[str, Any]:
+    return _chart("LINE", section, key, title) | {
         "selectedMetricKeys": [key],
         "lineSmoothness": 0,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
         "range": {"yMin": limits[0], "yMax": limits[1]} if limits else {},
-        "xAxisKey": "step",
-        "selectedXAxisMetricKey": "",
+        "xAxisKey": "metric",
+        "selectedXAxisMetricKey": LEARNED,
         "yAxisKey": "metric",
         "yAxisExpressions": [],
         "ignoreOutliers": False,
-        "useGlobalXaxisKey": True,
+        "useGlobalXaxisKey": False,
         "useGlobalLineSmoothing": True,
     }
 
 
+def fitting_view(name: str, scores: Mapping[str, Shown], created: int) -> str:
+    """The value of the tag `VIEW_TAG`, with as many charts of single experiences as fit into a tag."""
+    each = EACH
+    while True:
+        tag = encode_view(name, view_state(scores, each), created)
+        if len(tag) <= EXPERIMENT_TAG or each == 0:
+            return tag
+        each //= 2
+
+
 def encode_view(name: str, state: dict[str, Any], created: int) -> str:
     """The value of the tag `VIEW_TAG`, `created` in ms since 1970."""
-    packed = base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
-    return json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": f"deflate;{packed}"})
+    return json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": pack(state)})
 
 
 def decode_view(tag: str) -> dict[str, Any]:
     """The view state inside a tag that `encode_view` or the UI wrote."""
-    packed = json.loads(tag)["state"].removeprefix("deflate;")
-    return json.loads(zlib.decompress(base64.b64decode(packed)))
+    return unpack(json.loads(tag)["state"])
 
 
-def charts_url(host: str, experiment_id: str) -> str:
+def pack(values: dict[str, Any]) -> str:
+    """Plain values as MLflow packs its views: json, deflated, in base 64."""
+    return f"deflate;{base64.b64encode(zlib.compress(json.dumps(values).encode(), 9)).decode()}"
+
+
+def unpack(text: str) -> dict[str, Any]:
+    """What was packed."""
+    return json.loads(zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))))
+
+
+def charts_url(host: str, experiment_id: str, mode: str = "CHART") -> str:
     """The link that opens the forgetting curves of an MLflow experiment.
 
     Args:
         host: of the UI, "http://127.0.0.1:5000"; "" for a link that works inside the UI, wherever it runs.
         experiment_id: MLflow's.
+        mode: TABLE for the run list, with averages, forgetting and seeds as columns.
     """
     base = f"{host.rstrip('/')}/" if host else ""
-    view = f"compareRunsMode=CHART&workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"
+    view = f"compareRunsMode={mode}&workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"
     return f"{base}#/experiments/{experiment_id}/runs?{view}"

@@ -11,7 +11,6 @@ import pytest
 
 from clplat.cli import main
 from clplat.report import folder as report
-from clplat.report.summary import read_runs
 
 QUICK = [
     "train", "training.epochs=null", "training.steps=2", "progress=false", "learner.net.hidden=8", "tracking=none",
@@ -102,8 +101,5 @@ def test_torn_results_are_named_and_the_whole_ones_are_shown(disk, capsys):
     assert main(["compare", "run", "torn"]) == 0
     said = capsys.readouterr()
     assert "finetune" in said.out
-    lines = said.err.splitlines()
-    assert [Path(line.split()[3]).parent.name for line in lines if "left out:" in line] == ["empty", "half", "list"]
+    assert all(name in said.out for name in ("empty/result.json", "half/result.json", "list/result.json"))
     assert main(["compare", "torn/half"]) == 2
-    runs, torn = read_runs([Path("torn/half/result.json"), Path("run/result.json")])
-    assert len(runs) == len(torn) == 1

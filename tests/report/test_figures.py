@@ -1,16 +1,16 @@
 """The figures show the numbers they are given, for any number of experiences, without global state."""
 
-import base64
-import json
 import re
 import subprocess
 import sys
+from html import unescape
+from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 
 from clplat.report import figures
+from clplat.report.spread import spread
 from clplat.scores import NAN, ScoreTable
 
 
@@ -31,17 +31,11 @@ def drawn(figure):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()}
 
 
-def page_data(page: str) -> list[dict]:
-    """The traces that a page of plotly draws."""
-    call = page[page.rindex("Plotly.newPlot(") :]
-    return json.JSONDecoder().raw_decode(call[call.index("[") :])[0]
-
-
-def numbers(values) -> list[float]:
-    """A trace's numbers, which plotly writes as a list or as bytes in base 64."""
-    if isinstance(values, list):
-        return values
-    return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).tolist()
+def spoken(page: str) -> dict[str, str]:
+    """What the page says of each element that is pointed at."""
+    return {
+        identity: unescape(title) for identity, title in re.findall(r'<g id="([^"]+)"><title>([^<]*)</title>', page)
+    }
 
 
 def test_a_curve_begins_when_its_experience_was_trained():
@@ -80,9 +74,8 @@ def test_any_run_can_be_drawn(scores, tmp_path):
         path = tmp_path / f"{name}.png"
         draw(scores).savefig(path, dpi=60)
         assert path.stat().st_size > 2000
-    *lines, heat = page_data(figures.html(scores))
-    assert len(lines) == scores.experiences + 1
-    assert len(heat["z"]) == scores.experiences
+    curves = [name for name in spoken(figures.html(scores)) if name.startswith("curve-")]
+    assert len(curves) == (scores.finished + 1 if scores.finished else 0)
 
 
 def test_an_unfinished_run_is_drawn_as_far_as_it_went():
@@ -99,13 +92,34 @@ def test_the_page_needs_no_network_and_holds_the_numbers():
     page = figures.html(table(), ["zero", "one", "two"])
     assert not re.search(r"<script[^>]+src=", page)
     assert not re.search(r"<link[^>]+href=", page)
-    zero, one, two, average, heat = page_data(page)
-    assert [trace["name"] for trace in (zero, one, two, average)] == ["zero", "one", "two", "average so far"]
-    assert (numbers(zero["x"]), numbers(zero["y"])) == ([1, 2, 3], pytest.approx([0.9, 0.8, 0.7]))
-    assert (numbers(two["x"]), numbers(two["y"])) == ([3], pytest.approx([0.9]))
-    assert numbers(average["y"]) == pytest.approx([0.9, 0.85, 0.8])
-    assert heat["z"][0] == pytest.approx([0.9, 0.1, 0.1])
-    assert heat["z"][2] == pytest.approx([0.7, 0.8, 0.9])
+    said = spoken(page)
+    assert said["curve-0"] == "zero: 0.900 0.800 0.700"
+    assert said["curve-2"] == "two: 0.900"
+    assert said["curve-average"] == "average so far: 0.900 0.850 0.800"
+    assert said["cell-2-0"] == "after two, on zero: 0.7000"
+    assert len([name for name in said if name.startswith("cell-")]) == 9
+    ElementTree.fromstring(page.partition("<body>")[2].partition("</body>")[0].join(["<all>", "</all>"]))
+
+
+@pytest.mark.parametrize("k", [20, 200])
+def test_the_page_stays_small(k):
+    draw = torch.Generator().manual_seed(0)
+    scores = ScoreTable(k)
+    for i in range(k):
+        scores.append(torch.rand(k, generator=draw).tolist(), i, i)
+    page = figures.html(scores, [f"a rather long & odd <name> {i}" for i in range(k)])
+    assert len(page.encode()) < 300_000
+    assert "<name>" not in page
+
+
+def test_of_many_experiences_some_are_shown_evenly():
+    assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(9, 3) == [0, 4, 8]
+    assert spread(9, 1) == [0]
+    assert spread(9, 0) == []
+    for most in range(2, 12):
+        chosen = spread(1000, most)
+        assert (chosen[0], chosen[-1], len(chosen)) == (0, 999, most)
 
 
 def test_names_are_shortened():
@@ -118,8 +132,9 @@ def test_pyplot_is_not_touched():
     code = """
 import sys
 from clplat.report import figures
+from clplat.report.spread import spread
 from clplat.scores import ScoreTable
-assert "matplotlib" not in sys.modules and "plotly" not in sys.modules
+assert "matplotlib" not in sys.modules
 figures.curves(ScoreTable(2)), figures.matrix(ScoreTable(2))
 print("matplotlib.pyplot" in sys.modules)
 """

@@ -57,7 +57,10 @@ def test_a_result_comes_back_from_its_file(tmp_path):
     assert back.metrics["forgetting"] == pytest.approx(0.4)
     assert math.isnan(back.metrics["omega"])
     assert back.seen["average"] == pytest.approx(0.65)
-    assert (back.config, back.seeds) == ({"strategy.ewc.strength": "10.0"}, {"stream.order_seed": "4"})
+    assert (back.config, back.seeds) == (
+        {"strategy.ewc.strength": "10.0", "strategy.ewc._target_": "x.EWC"},
+        {"stream.order_seed": "4"},
+    )
     assert (back.on, back.folder) == ("valid", tmp_path)
 
 

@@ -1,12 +1,8 @@
 """The tracker against a real MLflow store: nothing lost, nothing twice."""
 
 import atexit
-import colorsys
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +10,8 @@ import torch
 from tracked import NAMES, PARAMS, client, finish, history, results, run_of, started
 
 from clplat.tracking import mlflow_run
-from clplat.tracking.about import DataInput, run_color
+from clplat.tracking.about import DataInput
+from clplat.tracking.lines import PALETTE
 from clplat.tracking.outbox import SPILL
 from clplat.tracking.tracker import Tracker
 
@@ -36,7 +33,7 @@ def test_a_run_from_start_to_end(tmp_path, store):
     assert history(tracker, "accuracy/average") == [
         (n, pytest.approx(v)) for n, v in [(1, 0.9), (2, 0.65), (3, 1.7 / 3)]
     ]
-    assert history(tracker, "accuracy/experience_01") == [(2, 0.8), (3, 0.6)]
+    assert history(tracker, "accuracy/split_digits/experience_01") == [(2, 0.8), (3, 0.6)]
     assert history(tracker, "forgetting/average") == [(2, pytest.approx(0.4)), (3, pytest.approx(0.35))]
     assert len(history(tracker, "accuracy_seen/average")) == 3
     assert run.data.metrics["summary/backward_transfer"] == pytest.approx(-0.35)
@@ -47,7 +44,8 @@ def test_a_run_from_start_to_end(tmp_path, store):
         "seed": "3", "strategy.name": "ewc", "stream.name": "split_digits", "strategy.ewc.strength": "100.0",
     }  # fmt: skip
     assert run.data.tags["sweep"] == "sweep-1"
-    assert run.data.tags["mlflow.runColor"] == run_color("ewc")
+    assert run.data.tags["mlflow.runColor"] in PALETTE
+    assert run.data.tags["line"].startswith("ewc")
     assert "| forgetting | 0.3500 |" in run.data.tags["mlflow.note.content"]
 
     names = {a.path for a in client(tracker).list_artifacts(tracker.run_id)}
@@ -68,7 +66,7 @@ def test_a_loss_is_logged_under_its_own_name(tmp_path, store):
     metrics = run_of(tracker).data.metrics
     assert metrics["bits_per_token/average"] == pytest.approx(1.7 / 3)
     assert metrics["forgetting/average"] == pytest.approx((-0.1 + 0.4) / 2)
-    assert "bits_per_token/experience_00" in metrics
+    assert "bits_per_token/split_digits/experience_00" in metrics
     assert not any(key.startswith("accuracy") for key in metrics)
 
 
@@ -195,30 +193,3 @@ def test_a_rank_other_than_zero_logs_nothing(tmp_path, monkeypatch):
     tracker.persist()
     assert tracker.close() == 0
     assert not (tmp_path / "run").exists()
-
-
-SHIPPED = sorted(path.stem for path in (Path(__file__).parents[2] / "strategies").glob("*.py"))
-
-
-def test_a_strategy_has_one_colour_in_every_process():
-    code = "from clplat.tracking.about import run_color; print(run_color('ewc'))"
-    for salt in ("1", "2"):  # of Python's own hash
-        done = subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": salt}, capture_output=True, text=True
-        )
-        assert done.stdout == f"{run_color('ewc')}\n", done.stderr
-
-
-def test_shipped_strategies_have_colours_of_their_own_that_can_be_read_on_white():
-    def light(colour: str) -> float:  # relative luminance, WCAG 2.1
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    colours = {name: run_color(name) for name in SHIPPED}
-    assert len(colours) > 30
-    assert len(set(colours.values())) == len(colours)
-    for name, colour in colours.items():
-        assert 1.05 / (light(colour) + 0.05) > 2, f"{name}: {colour} is too light for a line on white"
-    hues = [colorsys.rgb_to_hls(*(int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0] for c in colours.values()]
-    assert {int(6 * hue) for hue in hues} == set(range(6)), "they crowd in a part of the colour circle"
