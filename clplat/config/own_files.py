@@ -49,8 +49,9 @@ def guarded(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there is no such folder; a flag of Hydra's that reads files past it.
     """
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--cfg", "-c")  # handed on; argparse would take -c for the beginning of the others
     parser.add_argument("--config-path", "-cp")
     parser.add_argument("--config-name", "-cn")
     parser.add_argument("--experimental-rerun")
@@ -58,11 +59,15 @@ def guarded(words: Sequence[str]) -> list[str]:
     if not flags and not any(w.lstrip("+").startswith("hydra.searchpath=") for w in words):
         return list(words)
     known, rest = parser.parse_known_args(list(words))
+    rest = [*(["--cfg", known.cfg] if known.cfg is not None else []), *rest]
     for flag in ("config_path", "config_name", "experimental_rerun"):
         if getattr(known, flag) is not None:
             raise ConfigError(f"--{flag.replace('_', '-')}: not taken: put yaml files into groups below --config-dir.")
     if any(w.lstrip("+").startswith("hydra.searchpath=") and "file:" in w for w in rest):
         raise ConfigError("hydra.searchpath: give a folder with --config-dir.")
+    for word in rest:  # as Hydra takes a flag that is cut short
+        if word.startswith(("--con", "--e")):
+            raise ConfigError(f"{word}: write the flag in full (--config-dir).")
     if known.config_dir is None:
         return rest
     folder = Path(known.config_dir).absolute()

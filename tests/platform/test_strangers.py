@@ -222,6 +222,11 @@ def test_a_yaml_that_names_a_store_looks_nothing_up(
     assert "names the store" in err and "hunter2" not in out + err
 
 
+@pytest.mark.parametrize("flag", ["--config-path=conf", "-cn=evil", "--experimental-rerun=x", "--config-d=conf"])
+def test_no_flag_leads_past_the_folder_of_files(flag: str, mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused([*experiment(mark, {"hydra": {"callbacks": {"x": TOUCH}}})[2:], flag], mark, capsys)
+
+
 @pytest.mark.parametrize("path", ["../secret", "link", "folder", "/etc/hostname"])
 def test_sync_sends_nothing_from_elsewhere(path: str, mark: Path) -> None:
     folder = mark.parent / "his"
