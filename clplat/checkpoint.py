@@ -65,6 +65,7 @@ class State(BaseModel):
     terms: list[dict[str, Any]]
     random: dict[str, Any]
     results: dict[str, Any]
+    data: dict[str, Any]
     notes: dict[str, Any]
 
 

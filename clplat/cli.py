@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,25 @@ HELP = """commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 failed while running, 2 refused before running."""
+    """Run a command; returns the exit code.
+
+    0 done, 1 failed while running, 2 refused before running, 128 and the number of the signal that ended it, which is
+    SIGPIPE's where nobody reads the output on.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # signs that a terminal lacks
+    try:
+        try:
+            return _command(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + 13
+
+
+def _command(argv: Sequence[str] | None) -> int:
     from clplat import __version__
 
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,8 +1,7 @@
 """Loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
 
 for each experience
-    trainer.fit          (one Trainer; one of its epochs is one experience)
-    strategy.after_experience
+    trainer.fit (one of its epochs is one experience), strategy.after_experience
     score all test sets -> a row of R -> tracker
     strategy.before_experience of the next one, so that the checkpoint holds what it prepared -> checkpoint
 """
@@ -33,6 +32,7 @@ from clplat.stepper import Stepper
 from clplat.strategy import Session
 from clplat.streams.experience import Stream
 from clplat.streams.order import Order
+from clplat.streams.unchanged import check_unchanged
 from clplat.tracking.base import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ class Run:
         notes: plain values that are kept in every checkpoint (configuration, run id).
 
     Raises:
-        StreamError: the stream cannot be learned, or lacks what the strategy needs; its segments' state cannot be
-            carried by this net or with this batch size.
+        StreamError: the stream cannot be learned, or lacks what strategy, net or batch size need.
     """
 
     def __init__(
@@ -102,16 +101,17 @@ class Run:
 
         Raises:
             CheckpointError: it does not fit this run.
+            StreamError: the data are not those that the run began with.
         """
         with weights_precision(self.trainer):
+            check_unchanged(self.stream, state.get("data"))
             take_up(self, state)
         self._earlier, self._random = state["terms"], state["random"]
 
     def begin(self) -> None:
         """Prepare the first experience, unless the run was resumed.
 
-        `go` does it where nobody did. Apart from it, what a strategy can refuse only now, with an example at hand, is
-        refused before anything is written or announced.
+        `go` does it where nobody did. Apart from it, a strategy refuses here what it can tell only from an example.
         """
         self.learner.to(root_device(self.trainer))
         if self._random is None:

@@ -25,6 +25,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "terms": run.stepper.terms() if run.step and run.signals.number is not None else [],
         "random": checkpoint.random_state(),
         "results": run.results.state_dict(),
+        "data": run.stream.fingerprint(),
         "notes": run.notes,
     }
 

@@ -20,7 +20,9 @@ from clplat.report.summary import Names
 
 if TYPE_CHECKING:
     from clplat.build import Parts
+    from clplat.learners.learner import Learner
     from clplat.loop import Run
+    from clplat.streams.experience import Stream
 
 
 class Unfinished(UserError):
@@ -99,6 +101,13 @@ def _absolute_store(cfg: DictConfig) -> None:
 
     if cfg.tracking.get("uri"):
         cfg.tracking.uri = absolute_uri(cfg.tracking.uri)
+
+
+def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
+    """The learner that a configuration describes, for a stream."""
+    from clplat import build
+
+    return build.build_learner(cfg, stream)
 
 
 def train(cfg: DictConfig, folder: Path, names: Names) -> dict[str, float]:

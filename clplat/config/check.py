@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
+from clplat.metrics import METRICS
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
 """How many positional arguments clplat fills in itself where it calls what is configured there."""
@@ -58,6 +59,9 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"threads: got {cfg.threads}, it must lie in 1..{most}, or be null for torch's choice.")
     if cfg.seed >= 2**32:  # numpy's bound
         raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
+    objective = cfg.sweep.get("objective") if isinstance(cfg.sweep, DictConfig) else None
+    if list(cfg.sweep or []) != ["objective"] or objective not in METRICS:
+        raise ConfigError(f"sweep.objective: got {objective!r}, it must be one of {', '.join(METRICS)}.")
     _check_learner(cfg.learner)
     _check_strategy(cfg.get("strategy"))
     precision = str(cfg.trainer.get("precision", "32-true"))

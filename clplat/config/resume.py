@@ -17,7 +17,7 @@ from clplat.config.refusing import ConfigError
 from clplat.report.flatten import flatten
 from clplat.report.folder import WHERE
 
-VOLATILE = ("resume", "debug", "progress", "output_dir", "tracking", "threads")
+VOLATILE = ("resume", "debug", "progress", "output_dir", "tracking", "threads", "sweep")
 """Keys that may be given anew when a run is resumed; all others are the run's own."""
 
 

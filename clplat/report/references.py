@@ -67,7 +67,7 @@ def _scores(run: RunSummary) -> Tensor | None:
     if not path or not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays["R"])
     except (ValueError, OSError, KeyError, BadZipFile) as error:
         log.warning("%s is torn, and left out (%s).", path, error)

@@ -87,7 +87,7 @@ def test_two_seeded_runs_are_equal_and_seeds_differ():
         (["training._target_=clplat.run.Training"], "clplat.run.Training is called clplat.settings.Training since clplat 0.2"),
         (["threads=0"], "threads: got 0, it must lie in 1.."),
         (["threads=1000000"], "threads: got 1000000, it must lie in 1.."),
-        (["training.steps=5"], "give either epochs or steps"),
+        (["training.steps=5"], "give one of the two"),
         (["seed=one"], "seed: got 'one', expected a whole number"),
         (["learner.head=task"], "learner.head: got 'task', which needs a task-incremental stream"),
         (["learner.head=many"], "learner.head: got 'many', allowed are 'auto'"),
