@@ -103,8 +103,8 @@ class Run:
             CheckpointError: it does not fit this run.
             StreamError: the data are not those that the run began with.
         """
-        check_unchanged(self.stream, state.get("data"))
         with weights_precision(self.trainer):
+            check_unchanged(self.stream, state.get("data"))
             take_up(self, state)
         self._earlier, self._random = state["terms"], state["random"]
 

@@ -98,18 +98,18 @@ def opened(
         yield cfg, folder, names, state
 
 
-def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
-    """The learner that a configuration describes, for a stream."""
-    from clplat import build
-
-    return build.build_learner(cfg, stream)
-
-
 def _absolute_store(cfg: DictConfig) -> None:
     from clplat.tracking.store import absolute_uri
 
     if cfg.tracking.get("uri"):
         cfg.tracking.uri = absolute_uri(cfg.tracking.uri)
+
+
+def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
+    """The learner that a configuration describes, for a stream."""
+    from clplat import build
+
+    return build.build_learner(cfg, stream)
 
 
 def train(cfg: DictConfig, folder: Path, names: Names) -> dict[str, float]:

@@ -164,14 +164,11 @@ def inside(folder: Path, path: str) -> Path:
     return whole
 
 
-def _judge(spill: Path, lines: list[dict[str, Any]], store: str) -> None:
+def _judge(spill: Path, lines: list[dict[str, Any]]) -> None:
     """Refuse a spill file that sends what is not the run's, or to another place than the one it was logged to."""
     others = {str(line["uri"]) for line in lines} - {str(lines[0]["uri"])}
     if others:
         raise TrackingError(f"{spill} names several stores ({lines[0]['uri']}, {others.pop()}): nothing was sent.")
-    database = database_path(store)
-    if database is not None and not database.is_file():
-        raise TrackingError(f"{spill} names the store {store}, and there is no such file: nothing was sent.")
     for line in lines:
         if line.get("kind") == "artifact":
             inside(spill.parent, line["path"])
@@ -206,6 +203,7 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
 
 
 def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
+    _judge(spill, lines)
     store = absolute_uri(uri or lines[0]["uri"])
     database = database_path(store)
     if database is not None and not database.exists():
@@ -213,7 +211,6 @@ def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
         if here is None or not here.exists():
             check_file(store)
         store = default_uri()
-    _judge(spill, lines, store)
     check_server(store)
     runs: dict[str, list[dict[str, Any]]] = {}
     for line in lines:

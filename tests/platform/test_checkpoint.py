@@ -14,6 +14,7 @@ import torch
 
 from clplat import checkpoint
 from clplat.checkpoint import LAST, PREVIOUS, CheckpointError
+from clplat.errors import UserError
 from clplat.lightning import quiet_trainer
 from clplat.loop import Run
 from clplat.settings import Training
@@ -110,7 +111,7 @@ def test_a_file_system_without_hard_links_keeps_both(tmp_path, monkeypatch):
 def parts() -> dict[str, Any]:
     return {
         "experience": 0, "step": 0, "steps": 0, "complete": False, "learner": {}, "optimizer": None, "carried": None,
-        "terms": [], "random": {}, "results": {}, "notes": {},
+        "terms": [], "random": {}, "results": {}, "data": {}, "notes": {},
     }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def test_an_optimisers_state_that_does_not_fit_is_refused_before_a_step(folder, 
 
 @pytest.mark.parametrize("other", [{"hidden": (9,)}, {"strategy": EWC(1.0)}, {"of": tiny.stream(experiences=4)}])
 def test_a_state_of_another_net_strategy_or_stream_is_refused_in_one_line(folder, other):
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(UserError) as refused:
         start(**({"strategy": Replay(capacity=10)} | other)).resume(checkpoint.load(folder / LAST))
     assert "\n" not in str(refused.value)
 

@@ -93,7 +93,7 @@ def loop_of(learner: Learner, of: Stream) -> tuple[list[float], Tensor]:
         loss = learner.objective(learner.net(wide).logits, wide)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, torch.cat([p.detach().flatten() for p in learner.net.parameters()])
 
 
@@ -127,7 +127,8 @@ def test_scores_before_any_step_are_computed_in_double_precision():
     run.score(trained=-1, final=True)
     batch = of[0].test.batch(torch.arange(24))
     wide = Batch(batch.x.double(), batch.y.double())
-    value, count = twin.objective.score(twin.net(wide).logits, wide)
+    with torch.no_grad():
+        value, count = twin.objective.score(twin.net(wide).logits, wide)
     assert run.results.all.rows.dtype == torch.float64
     assert float(run.results.all.baseline[0]) == pytest.approx(float(value / count), rel=1e-13)
     assert torch.get_default_dtype() == torch.float32

@@ -244,7 +244,7 @@ def test_sync_makes_no_store_and_sends_to_one(mark: Path) -> None:
     line = {"uri": f"sqlite:///{mark}", "run_id": "r", "kind": "tag", "key": "a", "value": "b"}
     spill = mark.parent / "unsent.jsonl"
     spill.write_text(json.dumps(line) + "\n")
-    with pytest.raises(TrackingError, match="there is no such file"):
+    with pytest.raises(TrackingError, match="which is not there"):
         mlflow_run.sync(mark.parent)
     spill.write_text(json.dumps(line) + "\n" + json.dumps({**line, "uri": "http://127.0.0.1:9"}) + "\n")
     with pytest.raises(TrackingError, match="several stores"):
