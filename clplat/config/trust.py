@@ -149,7 +149,7 @@ def _below(path: str, node: DictConfig | ListConfig, hint: Any, imported: Callab
     elif isinstance(node, DictConfig):
         hints = dict.fromkeys(map(str, node), hint)
     for key in node if isinstance(node, DictConfig) else range(len(node)):
-        child = node[key]
+        child = node[key]  # pyright: ignore[reportArgumentType]  # the key is of this node, mapping or list
         if isinstance(child, DictConfig | ListConfig):
             _below(f"{path}.{key}", child, hints.get(str(key), hints.get("")), imported)
 
