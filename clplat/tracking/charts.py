@@ -58,8 +58,6 @@ def write_view(client: MlflowClient, experiment_id: str, score: str, shown: Show
         client.set_experiment_tag(experiment_id, CHARTS, packed)
         encoded = view.fitting_view("Forgetting curves", scores, int(time.time() * 1000))
         client.set_experiment_tag(experiment_id, view.VIEW_TAG, encoded)
-        # MLflow then opens the experiment as one of training, not of language model applications.
-        client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
     if not tags.get("mlflow.note.content"):
         curves, runs = (view.charts_url("", experiment_id, mode) for mode in ("CHART", "TABLE"))
         note = f"[**Open the forgetting curves**]({curves}) or [the runs with their averages]({runs})"

@@ -9,7 +9,7 @@ from clplat.metrics import forgetting_so_far
 from clplat.report.figures import labels
 from clplat.report.spread import spread
 from clplat.scores import Results
-from clplat.tracking.view import FORGETTING, LEARNED, Shown, average_key, experience_keys
+from clplat.tracking.view import LEARNED, Shown, average_key, experience_keys, forgetting_key
 
 
 def curve_values(results: Results, stream: str, names: Sequence[str], most: int | None) -> dict[str, float]:
@@ -23,7 +23,8 @@ def curve_values(results: Results, stream: str, names: Sequence[str], most: int 
     """
     table, n = results.all, results.all.finished
     row = table.R[n - 1, :n]
-    values = {average_key(table.score): float(row.mean()), FORGETTING: forgetting_so_far(table), LEARNED: float(n)}
+    values = {average_key(table.score): float(row.mean()), LEARNED: float(n)}
+    values[forgetting_key(table.score)] = forgetting_so_far(table)
     keys = experience_keys(table.score, stream, names or labels(table.experiences))
     values |= {keys[j]: float(row[j]) for j in spread(table.experiences, most) if j < n}
     if results.seen.finished == n:

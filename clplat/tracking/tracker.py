@@ -164,8 +164,8 @@ class Tracker(base.Tracker):
     def log_results(self, results: Results) -> None:
         """Log the score on each experience trained so far, their average, and forgetting.
 
-        Keys are `average <score>`, `forgetting`, with unseen classes masked `average <score> - seen classes`, and for up
-        to `curves` experiences `<experience> - <stream> <score>`. The experiment gets its saved view of these charts.
+        Keys are `average <score>`, `forgetting` (of losses `forgetting in <score>`), with unseen classes masked
+        `average <score> - seen classes`, and for up to `curves` experiences `<experience> - <stream> <score>`.
         """
         if results.all.finished in (1, results.all.experiences):
             fields = asdict(shown(results, self._stream, self._names, self._curves))

@@ -22,14 +22,13 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 
 
 LEARNED = "experiences learned"
-"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step"."""
+"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step".
+
+Other metrics have names to be read, too, since MLflow shows them as titles of charts.
+"""
 
 EACH = 100
 """At most so many charts of single experiences a stream."""
-
-
-FORGETTING = "forgetting"
-"""The metric of forgetting so far. MLflow shows a chart's metric as its title, so metrics have names to be read."""
 
 
 @dataclass
@@ -63,6 +62,11 @@ def average_key(score: str) -> str:
     return f"average {score.replace('_', ' ')}"
 
 
+def forgetting_key(score: str) -> str:
+    """The MLflow key of forgetting so far; what is lost of a loss is in other units, and has its own."""
+    return "forgetting" if score == "accuracy" else f"forgetting in {score.replace('_', ' ')}"
+
+
 def experience_keys(score: str, stream: str, names: Sequence[str]) -> list[str]:
     """The MLflow keys of the score on each experience: `digits 0 1 - split_digits accuracy`.
 
@@ -93,7 +97,7 @@ def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
         level = _limits(score, shown)
         sections.append(_section(top, f"Average {words}, forgetting"))
         charts.append(_line(top, average_key(score), level))
-        charts.append(_line(top, FORGETTING, None))
+        charts.append(_line(top, forgetting_key(score), None))
         charts.append(_chart("BAR", top, average_key(score)))
         for stream, keys in shown.streams.items():
             section = f"{score}-{stream}"
@@ -109,7 +113,7 @@ def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"metrics.`{key}`" for key in (average_key(first), FORGETTING)),
+            *(f"metrics.`{key}`" for key in (average_key(first), forgetting_key(first))),
             *(f"params.`{name}`" for name in ("seed", "strategy.name", "learner.name", "stream.name")),
         ],
         "columnOrder": [],

@@ -65,7 +65,7 @@ def test_a_loss_is_logged_under_its_own_name(tmp_path, store):
     tracker.close()
     metrics = run_of(tracker).data.metrics
     assert metrics["average bits per token"] == pytest.approx(1.7 / 3)
-    assert metrics["forgetting"] == pytest.approx((-0.1 + 0.4) / 2)
+    assert metrics["forgetting in bits per token"] == pytest.approx((-0.1 + 0.4) / 2)
     assert "experience 0 - split_digits bits per token" in metrics
     assert not any("accuracy" in key for key in metrics)
 
