@@ -19,6 +19,7 @@ from clplat.lightning import pl
 from clplat.progress import Progress
 from clplat.settings import Evaluation, Training
 from clplat.streams.experience import Stream
+from clplat.streams.reading import seeded
 from clplat.tracking.base import Tracker
 from clplat.tracking.logger import RunLogger
 
@@ -56,7 +57,8 @@ class Parts:
             ConfigError, StreamError, TrackingError: a part cannot be built as it is configured.
         """
         with refusing(cfg, "stream"):
-            stream = instantiate(cfg.stream)
+            with seeded(0):  # one that draws without a seed of its own holds the same data again after a resume
+                stream = instantiate(cfg.stream)
             stream.check()
         pl.seed_everything(cfg.seed, verbose=False)
         with refusing(cfg, "learner"):
@@ -111,12 +113,6 @@ def _trainer(cfg: DictConfig, tracker: Tracker, callbacks: list[pl.Callback]) ->
         raise ConfigError(
             "trainer.accelerator: got 'gpu', and no GPU is found here (`clplat doctor` says why): set trainer=cpu."
         )
-    for key, instead in (
-        ("gradient_clip_val", "learner.clip_norm"),
-        ("accumulate_grad_batches", "training.batch_size"),
-    ):
-        if cfg.trainer.get(key) is not None:
-            raise ConfigError(f"trainer.{key}: the learner takes its own optimiser steps; set {instead} instead.")
     more = list(instantiate(cfg.trainer.get("callbacks")) or [])
     options = {k: v for k, v in cfg.trainer.items() if k != "callbacks"}
     return instantiate(

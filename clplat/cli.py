@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,25 @@ HELP = """commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 failed while running, 2 refused before running."""
+    """Run a command; returns the exit code.
+
+    0 done, 1 failed while running, 2 refused before running, 128 and the number of the signal that ended it, which is
+    SIGPIPE's where nobody reads the output on.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # signs that a terminal lacks
+    try:
+        try:
+            return _command(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + 13
+
+
+def _command(argv: Sequence[str] | None) -> int:
     from clplat import __version__
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -63,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """`clplat train`: compose the configuration from the overrides and run it."""
-    try:
+    from clplat.signals import ending, heeded_at_once
+
+    with ending("clplat: stopped before anything was begun.\n"):  # the imports take seconds
         from clplat.launch import launch
-    except KeyboardInterrupt:  # the imports take seconds
-        return _refuse("stopped before anything was begun.", code=130)
-    code, refused = launch(arguments)
+    with heeded_at_once():
+        code, refused = launch(arguments)
     for line in refused:
         _refuse(line)
     return code
@@ -137,14 +158,18 @@ def reproduce(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.paper is None:
         return list_(["paper"])
-    from clplat import reproduce as program
+    from clplat.signals import Stopped, ending, heeded_at_once
+
+    with ending("clplat: stopped before anything was begun.\n"):
+        from clplat import reproduce as program
 
     try:
-        return program.main(given.paper, given.row, given.list, given.seeds, given.set, given.output)
+        with heeded_at_once():
+            return program.main(given.paper, given.row, given.list, given.seeds, given.set, given.output)
     except UserError as error:
         return _refuse(str(error), error.code)
-    except KeyboardInterrupt:
-        return _refuse("stopped. The same command goes on.", code=130)
+    except Stopped as stop:
+        return _refuse("stopped. The same command goes on.", stop.exit_code)
 
 
 def compare(arguments: Sequence[str]) -> int:

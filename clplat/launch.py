@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -14,24 +15,26 @@ from typing import TYPE_CHECKING
 
 import hydra
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from clplat.catalogue import CONF, groups, options
-from clplat.config.check import check
-from clplat.config.refusing import ConfigError, nearest, root_keys
-from clplat.config.resume import find
+from clplat.config.own_files import guarded
+from clplat.config.refusing import ConfigError
+from clplat.config.resume import command
+from clplat.config.strangers import judge_environment
+from clplat.config.words import hydra_line, parsed, prepared, resolving, strategies
 from clplat.errors import UserError
 from clplat.report.summary import Names
-from clplat.train import resumed
-from clplat.train import train as run
+from clplat.signals import Stopped
+from clplat.sweep import SweepRefused
+from clplat.train import opened, trained
 
 if TYPE_CHECKING:
     from hydra.conf import HydraConf
-    from omegaconf import DictConfig
+    from hydra.core.override_parser.types import Override
 
 
 def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
@@ -49,23 +52,31 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
     try:
 
         @hydra.main(version_base="1.3", config_path="pkg://clplat.conf", config_name="train")
-        def job(cfg: DictConfig) -> dict[str, float] | None:
+        def job(cfg: DictConfig) -> float:
             began.append(True)
             try:
-                return _job(cfg, given)
+                with resolving(given):
+                    return _job(cfg, given)
             except UserError as error:  # here, since Hydra would add lines of its own; the sweep's other runs go on
-                _remove_if_empty()
+                _remove_if_empty(there)
                 if debug:
                     raise
                 failed.append(error)
-                return None
+                return math.nan  # to a sweeper that searches
+            except Stopped:
+                _remove_if_empty(there)
+                raise
 
-        given = prepared(arguments)
+        given = guarded(prepared(arguments))
+        there = _folders(given)
         sys.argv = ["clplat train", *given]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to us, who print one line
-        job()
-    except KeyboardInterrupt:
-        return 130, ["stopped. `clplat train resume=latest` goes on exactly where the last checkpoint was."]
+        with resolving(given):
+            job()
+    except Stopped as stop:
+        return stop.exit_code, [_stopped(stop, arguments)]
+    except SweepRefused as refused:
+        return 2, [str(refused)]
     except UserError as error:
         if debug:
             raise
@@ -73,13 +84,23 @@ def launch(arguments: Sequence[str]) -> tuple[int, list[str]]:
     except HydraException as error:
         if debug:
             raise
-        return 2, [_hydra_line(error)]
+        return 2, [hydra_line(error)]
+    except BrokenPipeError:  # nobody reads on: `clplat train --help | head`
+        raise
     except OSError as error:
         if began or debug:
             raise
         where = f"{error.filename} ({os.strerror(error.errno or 0)})"
         return 2, [f"output_dir: cannot make {where}: choose another folder with output_dir=PATH."]
     return max((error.code for error in failed), default=0), [str(error) for error in failed]
+
+
+def _stopped(stop: Stopped, arguments: Sequence[str]) -> str:
+    if stop.folder is None:
+        return "stopped before training began."
+    # What a checkpoint may not name alone has to be given again.
+    again = [word for word in arguments if "_target_=" in word]
+    return f"stopped. To go on with the run that was in training: {command(stop.folder, again)}"
 
 
 def quiet(threads: int | None) -> None:
@@ -94,87 +115,87 @@ def quiet(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _job(cfg: DictConfig, given: Sequence[str]) -> dict[str, float]:
+def _job(cfg: DictConfig, given: Sequence[str]) -> float:
     hydra_cfg = HydraConfig.get()
     sweep = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
+    own = parsed(list(hydra_cfg.overrides.task))
+    _check_named(cfg, [name for names in strategies(own) for name in names])
+    several = [] if sweep is None else _several(given, hydra_cfg)
+    if sweep is not None:
+        _leave_out(cfg, several)
+        if hydra_cfg.job.num == 0:
+            _say_sweep(several, hydra_cfg)
     names = Names(
         stream=hydra_cfg.runtime.choices["stream"],
         learner=hydra_cfg.runtime.choices["learner"],
         strategy="+".join(cfg.get("strategy") or []),
         sweep=sweep,
-        varied="" if sweep is None else _varied(given, hydra_cfg),
+        varied=_varied(several, hydra_cfg),
     )
     keys = [re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in hydra_cfg.overrides.task]
-    folder = Path(hydra_cfg.runtime.output_dir)
-    cfg, names, state = resumed(cfg, folder, names, keys)
-    check(cfg)
-    quiet(cfg.threads)
-    return run(cfg, folder, names, state)
+    judge_environment(cfg, given)
+    with opened(cfg, Path(hydra_cfg.runtime.output_dir), names, keys) as (cfg, folder, names, state):
+        quiet(cfg.threads)
+        return trained(cfg, folder, names, state)[cfg.sweep.objective]
 
 
-def _varied(given: Sequence[str], hydra_cfg: HydraConf) -> str:
-    """The overrides of this run of a sweep that were given, on the command line or in a yaml, with several values."""
-    several = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.get("params") or {}).items()]
-    several += [a for a in given if "=" in a and not a.startswith("-")]
-    parsed = OverridesParser.create().parse_overrides(several)
-    keys = {o.key_or_group for o in parsed if o.is_sweep_override()}
+def _several(given: Sequence[str], hydra_cfg: HydraConf) -> list[Override]:
+    """The overrides of a sweep that have several values, on the command line or in a yaml."""
+    words = [f"{key}={value}" for key, value in (hydra_cfg.sweeper.get("params") or {}).items()]
+    return [o for o in parsed([*words, *given]) if o.is_sweep_override()]
+
+
+def _varied(several: Sequence[Override], hydra_cfg: HydraConf) -> str:
+    """The overrides of this run of a sweep that have other values in other runs."""
+    keys = {o.key_or_group for o in several}
     own = [o.lstrip("+") for o in hydra_cfg.overrides.task]
     return " ".join(o for o in own if o.partition("=")[0] in keys)
 
 
-def _remove_if_empty() -> None:
-    # Hydra makes a run's folder before we can refuse the run.
+def _say_sweep(several: Sequence[Override], hydra_cfg: HydraConf) -> None:
+    counted = [o for o in several if o.is_discrete_sweep() and o.value_type is not ValueType.GLOB_CHOICE_SWEEP]
+    counts = {str(o.key_or_group): len(list(o.sweep_string_iterator())) for o in counted}
+    if counts and "BasicSweeper" in hydra_cfg.sweeper["_target_"] and len(counts) == len(several):
+        what = " x ".join(f"{n} of {key}" for key, n in counts.items())
+        print(f"a sweep of {math.prod(counts.values())} runs ({what}); folder: {hydra_cfg.sweep.dir}", flush=True)
+
+
+def _leave_out(cfg: DictConfig, several: Sequence[Override]) -> None:
+    """Drop options of strategies that another run of the sweep has, and this one has not."""
+    others = {name for names in strategies(several) for name in names}
+    parts = cfg.get("strategy")
+    if isinstance(parts, DictConfig):
+        for name in [
+            n for n in parts if n in others and isinstance(parts[n], DictConfig) and "_target_" not in parts[n]
+        ]:
+            del parts[name]
+
+
+def _check_named(cfg: DictConfig, chosen: Sequence[str]) -> None:
+    """Refuse a strategy's yaml without the line that gives it a name among others."""
+    parts = cfg.get("strategy")
+    nameless = [name for name in chosen if isinstance(parts, DictConfig) and name not in parts]
+    if isinstance(parts, DictConfig) and "_target_" in parts:
+        name = nameless[0] if nameless else "NAME"
+        raise ConfigError(
+            f"strategy={name}: its yaml does not say where its options belong: make `# @package strategy.{name}` the "
+            f"first line of strategy/{name}.yaml."
+        )
+
+
+def _folders(given: Sequence[str]) -> set[Path]:
+    """The folders that are there before anything is begun, of those that a run may be put in."""
+    output = next((str(o.value()) for o in parsed(given) if o.key_or_group == "output_dir"), "runs")
+    path = Path(output).absolute()
+    found = {Path.cwd(), *Path.cwd().parents, *(p for p in (path, *path.parents) if p.is_dir())}
+    return found | (set(path.iterdir()) if path.is_dir() else set())
+
+
+def _remove_if_empty(there: set[Path]) -> None:
+    # Hydra makes a run's folder, and those above it, before we can refuse the run.
+    folder = Path(HydraConfig.get().runtime.output_dir).absolute()
     with suppress(OSError):  # it holds something
-        Path(HydraConfig.get().runtime.output_dir).rmdir()
-
-
-def prepared(arguments: Sequence[str]) -> list[str]:
-    """The words as Hydra wants them: flags first, `++` before dotted keys, the folder of a run that is resumed.
-
-    A key that the chosen option lacks is then refused by `clplat.config.check`, which knows what is allowed, and
-    arguments of a user's own class need no plus sign.
-
-    Raises:
-        ConfigError: a group is set to what is no option's name; there is nothing to resume.
-    """
-    words = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in groups() and not _may_be_chosen(value):
-            if value == "null" and key == "experiment":  # the default
-                continue
-            raise ConfigError(_unknown(key, value))
-        dotted = "." in key and key[0].isalpha() and not key.startswith("hydra") and "@" not in key and "/" not in key
-        words.append(f"++{argument}" if equals and dotted else argument)
-    words.sort(key=lambda a: not a.startswith("-") and ("=" in a or a.startswith("~")))
-    given = [a.removeprefix("resume=") for a in words if a.startswith("resume=") and a != "resume=null"]
-    if given:
-        output = next((a.removeprefix("output_dir=") for a in words if a.startswith("output_dir=")), "runs")
-        words.append(f"hydra.run.dir='{find(given[-1], Path(output))}'")
-    return words
-
-
-def _may_be_chosen(value: str) -> bool:
-    """Whether Hydra takes a value for a group: a name, or a list of them; and not a number, say, or null."""
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:  # Hydra's grammar has more
-        return True
-    return all(isinstance(name, str | dict) for name in (read if isinstance(read, list) else [read]))
-
-
-def _unknown(group: str, name: str) -> str:
-    known = options(CONF / group)
-    return f"{group}={name}: unknown{nearest(name, known)} Allowed: {', '.join(known)}."
-
-
-def _hydra_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if missing := re.match(r".*Could not find '(\w+)/([^']+)'", line):
-            return _unknown(*missing.groups())
-        if key := re.match(r"Could not override '([\w.]+)'", line):
-            return f"{key[1]}: unknown key{nearest(key[1], root_keys())} Allowed: {', '.join(root_keys())}."
-        if key := re.match(r"You must specify '(\w+)', e.g", line):
-            return f"{key[1]}: nothing chosen. `clplat list {key[1]}` shows what there is."
-    return " ".join(lines)
+        for made in (folder, *folder.parents):
+            if made in there:
+                break
+            made.rmdir()

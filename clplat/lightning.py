@@ -18,9 +18,11 @@ from pytorch_lightning.utilities import rank_zero_only  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 __all__ = [
     "Logger",
+    "convert_weights",
     "forward_context",
     "one_fit",
     "pl",
@@ -29,6 +31,7 @@ __all__ = [
     "root_device",
     "silenced",
     "tell_steps",
+    "weights_precision",
 ]
 
 
@@ -77,6 +80,18 @@ def one_fit(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
 def root_device(trainer: pl.Trainer) -> torch.device:
     """Device that the Trainer trains on."""
     return trainer.strategy.root_device
+
+
+@contextmanager
+def weights_precision(trainer: pl.Trainer) -> Iterator[None]:
+    """Inside, new tensors of floats have the precision of the weights, in single or double precision."""
+    with trainer.precision_plugin.tensor_init_context():
+        yield
+
+
+def convert_weights(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Bring the weights to the precision that the Trainer trains them in."""
+    trainer.precision_plugin.convert_module(module)
 
 
 def forward_context(trainer: pl.Trainer) -> AbstractContextManager[None]:

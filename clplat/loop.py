@@ -1,8 +1,7 @@
 """Loop over experiences: train on one, score on all, keep what is needed to go on after a crash.
 
 for each experience
-    trainer.fit          (one Trainer; one of its epochs is one experience)
-    strategy.after_experience
+    trainer.fit (one of its epochs is one experience), strategy.after_experience
     score all test sets -> a row of R -> tracker
     strategy.before_experience of the next one, so that the checkpoint holds what it prepared -> checkpoint
 """
@@ -14,21 +13,35 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clplat import checkpoint
+from clplat.between import BetweenChunks
+from clplat.checkpoint import LAST, CheckpointError
+from clplat.errors import UserError
 from clplat.evaluate import evaluate
 from clplat.learners.carry import Carry
 from clplat.learners.learner import Learner
-from clplat.lightning import forward_context, one_fit, pl, root_device
+from clplat.lightning import convert_weights, forward_context, one_fit, pl, root_device, weights_precision
 from clplat.preflight import check_run
+from clplat.resuming import state_of, take_up
 from clplat.scores import Results
 from clplat.settings import Evaluation, Training
+from clplat.signals import Pending
 from clplat.stepper import Stepper
 from clplat.strategy import Session
 from clplat.streams.experience import Stream
 from clplat.streams.order import Order
+from clplat.streams.unchanged import check_unchanged
 from clplat.tracking.base import NoTracker, Tracker
 
 log = logging.getLogger(__name__)
+
+
+class EndedEarly(UserError):
+    """Fewer steps were taken than planned, though nothing failed."""
+
+    code = 1
 
 
 class Run:
@@ -45,8 +58,7 @@ class Run:
         notes: plain values that are kept in every checkpoint (configuration, run id).
 
     Raises:
-        StreamError: the stream cannot be learned, or lacks what the strategy needs; its segments' state cannot be
-            carried by this net or with this batch size.
+        StreamError: the stream cannot be learned, or lacks what strategy, net or batch size need.
     """
 
     def __init__(
@@ -61,10 +73,13 @@ class Run:
         notes: dict[str, Any] | None = None,
     ) -> None:
         evaluation = evaluation or Evaluation()
-        carries = check_run(stream, learner, trainer, training, evaluation)
+        convert_weights(trainer, learner)
+        with weights_precision(trainer):
+            carries = check_run(stream, learner, trainer, training, evaluation)
         self.stream, self.learner, self.trainer = stream, learner, trainer
         self.carry = Carry() if carries else None
-        self.stepper = Stepper(learner, self.carry)
+        self.signals = Pending()  # what is received in training is heeded between two steps
+        self.stepper = Stepper(learner, self.carry, stops=lambda: self.signals.number is not None)
         self.training, self.evaluation = training, evaluation
         self.tracker = tracker or NoTracker()
         self.folder, self.notes = folder, notes or {}
@@ -75,41 +90,49 @@ class Run:
         self.step = 0
         """Optimiser steps done on it."""
         self._random: dict[str, Any] | None = None
+        self._earlier: list[dict[str, Tensor]] = []
         self._begun = False
         learner.log = lambda values: self.tracker.log(values, learner.steps)
-        learner.strategy.setup(learner, stream)
+        with weights_precision(trainer):
+            learner.strategy.setup(learner, stream)
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state, exactly."""
-        learner = self.learner
-        self.experience, self.step = state["experience"], state["step"]
-        for experience in self.stream.experiences[: self.experience + 1]:
-            learner.shape_for(experience)
-        learner.load_state_dict(state["learner"])
-        learner.steps = state["steps"]
-        learner.handover.resume(state["optimizer"])
-        if self.carry is not None:
-            self.carry.state = state["carried"]
-        self.results.load_state_dict(state["results"])
-        self._random = state["random"]
+        """Go on from a checkpoint's state, exactly.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+            StreamError: the data are not those that the run began with.
+        """
+        with weights_precision(self.trainer):
+            check_unchanged(self.stream, state.get("data"))
+            take_up(self, state)
+        self._earlier, self._random = state["terms"], state["random"]
 
     def begin(self) -> None:
         """Prepare the first experience, unless the run was resumed.
 
-        `go` does it where nobody did. Apart from it, what a strategy can refuse only now, with an example at hand, is
-        refused before anything is written or announced.
+        `go` does it where nobody did. Apart from it, a strategy refuses here what it can tell only from an example.
         """
         self.learner.to(root_device(self.trainer))
         if self._random is None:
-            self.learner.begin(self.stream[0])
+            with weights_precision(self.trainer):
+                self.learner.begin(self.stream[0])
         self._begun = True
 
     def go(self) -> Results:
         """Train on what is left of the stream; returns all scores.
 
+        A signal that asks the process to end is heeded between two steps, when a checkpoint is written.
+
         Raises:
             NonFiniteLoss: a loss became NaN or infinite; the last checkpoint is from before it.
+            EndedEarly: fewer steps were taken than planned.
+            Stopped: a signal was received.
         """
+        with self.signals.waiting(), weights_precision(self.trainer):
+            return self._go()
+
+    def _go(self) -> Results:
         if not self._begun:
             self.begin()
         if self._random is None:
@@ -119,7 +142,9 @@ class Run:
         if not self.results.all.trained:
             self.score(trained=-1, final=True)
         while self.experience < len(self.stream):
+            self.signals.heed()
             self._learn_experience()
+        self.signals.heed()
         return self.results
 
     def _learn_experience(self) -> None:
@@ -130,6 +155,8 @@ class Run:
         for other in session.also_classes:
             learner.shape_for(other)
         learner.enter(experience)
+        if self.step > length:
+            raise CheckpointError(f"The checkpoint is of step {self.step} of an experience that has {length} steps.")
         if session.data is not None and self.step < length:
             self._fit(session, length)
         learner.to(root_device(self.trainer))  # Lightning leaves it on the CPU after fit
@@ -177,9 +204,16 @@ class Run:
             self.carry.to(learner.device)
         # Lightning's set-up may draw random numbers: what comes before the first step must not matter.
         state = checkpoint.random_state()
-        self.stepper.plan(length, self.step, loader.nominal, lambda: checkpoint.set_random_state(state))
-        with one_fit(trainer, _BetweenChunks(self, learner.steps - self.step, length)):
+        earlier, self._earlier = self._earlier[len(self._earlier) - order.begun() :], []
+        self.stepper.plan(length, self.step, loader.nominal, lambda: checkpoint.set_random_state(state), earlier)
+        with one_fit(trainer, BetweenChunks(self, learner.steps - self.step, length)):
             trainer.fit(self.stepper, train_dataloaders=loader)
+        if self.step != length:
+            self.save()
+            raise EndedEarly(
+                f"Training on experience {self.experience} ended after {self.step} of {length} steps: a callback or an "
+                "option of the Trainer ended it. Begin anew without it."
+            )
 
     def score(self, trained: int, final: bool) -> None:
         """Add a row to the results.
@@ -203,21 +237,10 @@ class Run:
         """Write `last.ckpt`. A full disk does not stop the training: the last good checkpoint stays."""
         if self.folder is None:
             return
-        state = {
-            "experience": self.experience,
-            "step": self.step,
-            "steps": self.learner.steps,
-            "complete": self.experience == len(self.stream),
-            "learner": self.learner.state_dict(),
-            "optimizer": self.learner.handover.state(inside=self.step > 0),
-            "carried": None if self.carry is None else self.carry.state,
-            "random": checkpoint.random_state(),
-            "results": self.results.state_dict(),
-            "notes": self.notes,
-        }
+        state = state_of(self)
         self.tracker.persist()
         try:
-            checkpoint.save(self.folder / "last.ckpt", state)
+            checkpoint.save(self.folder / LAST, state)
         except OSError as error:
             log.warning(
                 "No checkpoint written at step %d (%s). Training goes on; the last good checkpoint is kept. "
@@ -225,26 +248,3 @@ class Run:
                 self.learner.steps,
                 error,
             )
-
-
-class _BetweenChunks(pl.Callback):
-    """Curves, extra rows and checkpoints between two chunks of an experience."""
-
-    def __init__(self, run: Run, before: int, length: int) -> None:
-        self.run, self.before, self.length = run, before, length
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Do what is due at this optimiser step; chunks end where something is due."""
-        run, steps = self.run, self.run.learner.steps
-        run.step = steps - self.before
-        last = run.step == self.length
-        if steps % run.training.log_every_n_steps == 0 or last:
-            run.tracker.log({f"train/{name}": v for name, v in run.stepper.mean_terms().items()}, steps)
-        every = run.evaluation.every_n_steps
-        if every is not None and steps % every == 0 and not last:
-            run.score(trained=run.experience, final=False)
-        every = run.training.checkpoint_every_n_steps
-        if every is not None and steps % every == 0:
-            run.save()

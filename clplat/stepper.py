@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +38,27 @@ class Stepper(pl.LightningModule):
     Args:
         learner: what is trained.
         carry: state of segments that follow one another; None: every batch starts fresh.
+        stops: asked after each step whether the chunk ends here.
     """
 
-    def __init__(self, learner: Learner, carry: Carry | None = None) -> None:
+    def __init__(self, learner: Learner, carry: Carry | None = None, stops: Callable[[], bool] = lambda: False) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.learner, self.carry = learner, carry
+        self.learner, self.carry, self.stops = learner, carry, stops
         self._schedule: Schedule = constant(0)
         self._done = 0
         self._nominal: int | None = None
         self._before_first: Callable[[], None] | None = None
         self._terms: list[dict[str, Tensor]] = []
+        self._earlier: list[dict[str, Tensor]] = []
 
     def plan(
-        self, steps: int, start: int = 0, nominal: int | None = None, before_first: Callable[[], None] | None = None
+        self,
+        steps: int,
+        start: int = 0,
+        nominal: int | None = None,
+        before_first: Callable[[], None] | None = None,
+        earlier: Sequence[dict[str, Tensor]] = (),
     ) -> None:
         """Plan the training on an experience.
 
@@ -60,10 +67,12 @@ class Stepper(pl.LightningModule):
             start: of these, done already.
             nominal: segment length that the learning rate is meant for, and scaled by; None: it is not scaled.
             before_first: called just before the first step, when Lightning's own set-up may have drawn random numbers.
+            earlier: terms of the steps that were taken of the first chunk, by a run that goes on inside it.
         """
         self._schedule = self.learner.make_schedule(steps)
         self.learner.planned = steps
         self._done, self._nominal, self._before_first = start, nominal, before_first
+        self._earlier = [{name: term.to(self.learner.device) for name, term in terms.items()} for terms in earlier]
 
     def configure_optimizers(self) -> Optimizer:
         """Optimiser of the experience, with its old state if there is one to go on from."""
@@ -85,11 +94,17 @@ class Stepper(pl.LightningModule):
         if self._before_first is not None:
             self._before_first()
             self._before_first = None
-        self._terms.clear()
+        self._terms, self._earlier = self._earlier, []
         for one in batch:
             self._learn(one)
+            if self.stops():
+                break
         tell_steps(self.trainer, self.learner.steps)
         self._check_finite()
+
+    def terms(self) -> list[dict[str, Tensor]]:
+        """Loss terms of each step of the last chunk."""
+        return self._terms
 
     def mean_terms(self) -> dict[str, float]:
         """Mean of each loss term over the last chunk; waits for the device."""

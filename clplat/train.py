@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from clplat import signals
 from clplat.config import resume
 from clplat.config.check import check
 from clplat.config.refusing import ConfigError, refusing
+from clplat.config.strangers import judge_notes
+from clplat.config.trainer import check_trainer
+from clplat.errors import UserError
 from clplat.report.summary import Names
 
 if TYPE_CHECKING:
+    from clplat.build import Parts
+    from clplat.learners.learner import Learner
     from clplat.loop import Run
+    from clplat.streams.experience import Stream
+
+
+class Unfinished(UserError):
+    """A run that is trained to its end, and whose report could not be written."""
+
+    code = 1
 
 
 def resumed(
@@ -38,66 +52,175 @@ def resumed(
 
     if not cfg.resume:
         return cfg, names, None
-    state = checkpoint.load(folder / "last.ckpt")
-    notes = state["notes"]
-    return resume.configuration(cfg, notes["config"], given), Names(**notes["names"]), state
+    path = folder / resume.file_name(cfg.resume)
+    state = checkpoint.load(path)
+    notes = checkpoint.read_as(checkpoint.Notes, state["notes"], path)
+    judge_notes(notes.config, cfg)
+    names = checkpoint.read_as(Names, notes.names, path)
+    return resume.configuration(cfg, notes.config, given), names, state
 
 
-def train(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | None = None) -> dict[str, float]:
+@contextlib.contextmanager
+def opened(
+    cfg: DictConfig, folder: Path, names: Names, given: Sequence[str] | None = None
+) -> Iterator[tuple[DictConfig, Path, Names, dict[str, Any] | None]]:
+    """Hold the folder of a run that begins or goes on, and be where its relative paths begin.
+
+    Gives what `trained` takes: checked configuration, absolute folder, names, and the checkpoint to go on from.
+
+    Args:
+        cfg: composed configuration.
+        folder: of the run.
+        names: of a run that begins.
+        given: the keys that the user gave; see `resumed`.
+
+    Raises:
+        ClaimError: the folder is another run's, or another process works in it.
+        ConfigError, CheckpointError: the configuration or the checkpoint cannot be.
+    """
+    from clplat.claim import check_unused, claimed
+
+    with contextlib.ExitStack() as held:
+        if cfg.resume:
+            held.enter_context(claimed(folder))
+        cfg, names, state = resumed(cfg, folder, names, given)
+        check(cfg)
+        check_trainer(cfg.trainer)
+        if state is None:
+            check_unused(folder)
+            held.enter_context(claimed(folder))
+            check_unused(folder)  # by now nobody else can begin a run in it
+        folder = folder.resolve()
+        if state is not None:
+            if given is None or {"tracking", "tracking.uri"} & set(given):
+                _absolute_store(cfg)  # of the user, who is here
+            held.enter_context(contextlib.chdir(resume.base(folder, state["notes"]["base"])))
+        yield cfg, folder, names, state
+
+
+def _absolute_store(cfg: DictConfig) -> None:
+    from clplat.tracking.store import absolute_uri
+
+    if cfg.tracking.get("uri"):
+        cfg.tracking.uri = absolute_uri(cfg.tracking.uri)
+
+
+def build_learner(cfg: DictConfig, stream: Stream) -> Learner:
+    """The learner that a configuration describes, for a stream."""
+    from clplat import build
+
+    return build.build_learner(cfg, stream)
+
+
+def train(cfg: DictConfig, folder: Path, names: Names) -> dict[str, float]:
     """Run what `cfg` describes, in `folder`; returns the metrics after the last experience.
 
     Args:
         cfg: composed configuration (`conf/train.yaml`).
-        folder: gets checkpoint, configuration, scores and whatever could not be sent to the tracking server.
+        folder: gets checkpoint, configuration, scores and whatever could not be sent to the tracking server. No other
+            process may work in it at the same time, and unless a run is resumed, it may not hold one.
         names: of the run.
-        state: the checkpoint to go on from, as `resumed` gave it with the other two.
 
     Raises:
-        ConfigError, StreamError, CheckpointError, TrackingError: something is wrong before the first training step.
+        ConfigError, StreamError, CheckpointError, TrackingError, ClaimError: something is wrong before the first
+            training step.
         NonFiniteLoss: a loss became NaN or infinite in training.
+        EndedEarly: fewer steps were taken than planned.
+        Unfinished: the report could not be written.
+        Stopped: a signal asked for an end.
     """
-    if state is None:
-        cfg, names, state = resumed(cfg, folder, names)
-    check(cfg)
-    folder = _writable(folder)
+    with opened(cfg, folder, names) as parts:
+        return trained(*parts)
 
+
+def trained(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] | None) -> dict[str, float]:
+    """Run what was opened; see `opened` and `train`."""
     from clplat.build import Parts
     from clplat.loop import Run
+
+    parts = Parts.build(cfg, folder, _label(cfg, names))
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
+    run_id = None if state is None else state["notes"]["run_id"]
+    notes = {"config": plain, "names": vars(names), "run_id": run_id, "base": resume.relative(Path.cwd(), folder)}
+    with refusing(cfg):
+        run = Run(**vars(parts), folder=folder, notes=notes)
+        if state is not None:
+            _take_up(run, state, folder / resume.file_name(cfg.resume))
+        run.begin()
+    _begin_folder(folder, OmegaConf.to_yaml(cfg, resolve=True), new=state is None)
+    notes["run_id"] = parts.tracker.start(names, plain, parts.stream, run_id=run_id or None)
+    if names.sweep is None:
+        _announce(cfg, names, run, folder)
+    try:
+        run.go()
+        metrics = _finish(run, parts, cfg, names, folder)
+    except BaseException as error:
+        with signals.ending():
+            parts.tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+        if isinstance(error, signals.Stopped):
+            error.folder = folder
+        raise
+    return metrics
+
+
+def _take_up(run: Run, state: dict[str, Any], path: Path) -> None:
+    """Put a run where its checkpoint was; that one is its last from now on."""
+    from clplat import checkpoint
+
+    try:
+        run.resume(state)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error} {checkpoint.older(path)}") from error
+    if path.name != checkpoint.LAST:
+        os.replace(path, path.with_name(checkpoint.LAST))
+
+
+def _begin_folder(folder: Path, config: str, new: bool) -> None:
+    from clplat.report import folder as report
+
+    try:
+        report.begin(folder, config)
+    except OSError as error:
+        for name in report.ORIGIN if new else ():
+            (folder / name).unlink(missing_ok=True)
+        raise ConfigError(
+            f"output_dir: cannot write to {folder} ({os.strerror(error.errno or 0)}): make room, or choose another with "
+            "output_dir=PATH."
+        ) from error
+
+
+def _finish(run: Run, parts: Parts, cfg: DictConfig, names: Names, folder: Path) -> dict[str, float]:
+    """Write the report, then end the run in the tracker. A run whose report is written is complete."""
+    from clplat.checkpoint import LAST
     from clplat.report import folder as report
     from clplat.report.summary import summarise
     from clplat.report.tables import ALWAYS, mean_and_spread, print_run
 
-    label = names.varied or f"{names.strategy}, seed {cfg.seed}"
-    parts = Parts.build(cfg, folder, label)
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
-    notes = {"config": plain, "names": vars(names), "run_id": None if state is None else state["notes"]["run_id"]}
-    with refusing(cfg):
-        run = Run(**vars(parts), folder=folder, notes=notes)
-        if state is not None:
-            run.resume(state)
-        run.begin()
-    tracker = parts.tracker
-    report.begin(folder, OmegaConf.to_yaml(cfg, resolve=True))
-    notes["run_id"] = tracker.start(names, plain, parts.stream, run_id=notes["run_id"] or None)
-    if names.sweep is None:
-        _announce(cfg, names, run, folder)
+    tracker, results = parts.tracker, run.results
+    summary = summarise(names, cfg.seed, results)
+    found = {name: value.numpy(force=True) for name, value in run.learner.strategy.report().items()}
     try:
-        results = run.go()
-        summary = summarise(names, cfg.seed, results)
-        found = {name: value.numpy(force=True) for name, value in run.learner.strategy.report().items()}
         report.finish(folder, summary, results, [e.name for e in parts.stream], tracker.where(), found)
+    except OSError as error:
+        raise Unfinished(
+            f"output_dir: the run is trained, and its report cannot be written to {folder} "
+            f"({os.strerror(error.errno or 0)}): make room, then `{resume.command(folder)}` writes it."
+        ) from error
+    with run.signals.waiting():
         tracker.finish(summary.metrics, results.all.finished)
-        tracker.log_checkpoint(folder / "last.ckpt")
-    except BaseException as error:
-        tracker.close("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
-        raise
-    tracker.close("FINISHED")
+        tracker.log_checkpoint(folder / LAST)
+        tracker.close("FINISHED")
     if names.sweep is None:
         print_run(results, summary, names, tracker.where())
     else:
         shown = ", ".join(f"{name} {mean_and_spread([summary.metrics[name]])}" for name in ALWAYS)
-        print(f"{label}: {shown}")
+        print(f"{_label(cfg, names)}: {shown}")
+        run.signals.heed()
     return summary.metrics
+
+
+def _label(cfg: DictConfig, names: Names) -> str:
+    return names.varied or f"{names.strategy}, seed {cfg.seed}"
 
 
 def _announce(cfg: DictConfig, names: Names, run: Run, folder: Path) -> None:
@@ -125,16 +248,3 @@ def _announce(cfg: DictConfig, names: Names, run: Run, folder: Path) -> None:
 def _range(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: cannot write to {folder} ({os.strerror(error.errno or 0)}): choose another with output_dir=PATH."
-        ) from error
-    return folder.resolve()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clplat.kernels import backend
 from clplat.kernels.backend import State, state_dtype
 
 SERIAL_BELOW = 65_536
@@ -101,11 +100,6 @@ def first_state(
 def widened(chosen: str, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as a back end wants them: for numba in the dtype of x's states, for Triton as they are."""
     return tuple(each.to(state_dtype(x)) for each in tensors) if chosen == "cpu" else tensors
-
-
-def use_threads(work: int) -> None:
-    """As many of numba's threads as the work is worth: one, or as many as torch may use."""
-    backend.use_threads(torch.get_num_threads() if work >= SERIAL_BELOW else 1)
 
 
 def flipped(x: Tensor, reverse: bool) -> Tensor:

@@ -102,21 +102,3 @@ def without_autocast(call: Callable[..., Any]) -> Callable[..., Any]:
 def state_dtype(x: Tensor) -> torch.dtype:
     """float64 for float64 (and complex128) inputs, else float32: a state in half precision forgets what is small."""
     return torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def use_torch_threads() -> None:
-    """Let numba's parallel loops use as many threads as torch may."""
-    use_threads(torch.get_num_threads())
-
-
-def use_threads(count: int) -> None:
-    """Let numba's parallel loops use so many threads, at most as many as it has, and torch as many as before."""
-    import numba
-
-    before = torch.get_num_threads()
-    # Numba sets its options when it is imported, out of a type checker's sight.
-    most: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
-    numba.set_num_threads(max(1, min(count, most)))
-    # At its first call numba starts its threads, and where it shares OpenMP with torch that is a setting of both.
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)

@@ -12,9 +12,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_cache import njit
+from clplat.kernels.arguments import SERIAL_BELOW
 from clplat.kernels.numba_math import FASTMATH
+from clplat.kernels.threads import kernel, threads_worth
 
 SLAB = 32
 """Blocks of one task."""
@@ -23,8 +23,8 @@ SLAB = 32
 def forward(a: Tensor, u: Tensor, h: Tensor, keep: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """All h [B, T, N, b] and the last one."""
     y, last = u.new_empty(u.shape), h.new_empty(h.shape)
-    use_threads(a.numel())
-    _forward(*_arrays(a, u, h, keep), reverse, *_arrays(y, last))
+    threads = threads_worth(a.numel(), SERIAL_BELOW)
+    _forward(threads, *_arrays(a, u, h, keep), reverse, *_arrays(y, last))
     return y, last
 
 
@@ -33,8 +33,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, u and the first h."""
     made = a.new_empty(a.shape), y.new_empty(y.shape), h.new_empty(h.shape)
-    use_threads(a.numel())
-    _backward(*_arrays(a, h, keep, y, dy, dh), reverse, *_arrays(*made))
+    threads = threads_worth(a.numel(), SERIAL_BELOW)
+    _backward(threads, *_arrays(a, h, keep, y, dy, dh), reverse, *_arrays(*made))
     return made
 
 
@@ -42,7 +42,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _forward(a, u, h0, keep, reverse, y, h1):
     batch, steps, blocks, size = u.shape
     slabs = (blocks + SLAB - 1) // SLAB
@@ -72,7 +72,7 @@ def _forward(a, u, h0, keep, reverse, y, h1):
                     y[r, t, n, j] = made[j]
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _backward(a, h0, keep, y, dy, dh, reverse, da, du, dh0):
     batch, steps, blocks, size = y.shape
     slabs = (blocks + SLAB - 1) // SLAB

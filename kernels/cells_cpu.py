@@ -2,7 +2,8 @@
 
 A job is one head and a few rows of the batch, and owns all their steps: threads never wait for one another, and the
 recurrent weights stay in the second cache. Loops over d write one array each: LLVM gives up vectorising a loop that
-needs many checks for overlap. Constants have the arrays' type, since numba makes float64 of a float32 and a literal.
+needs many checks for overlap. Rows are copied element by element, since numba takes several times as long to compile the
+assignment of a slice. Constants have the arrays' type, since numba makes float64 of a float32 and a literal.
 
 Arrays: gates [B, T, N, G, d] as [B, T, N, G d], w [N, d, G d] (forward) or [N, G d, d] (backward), extra [N, E, d],
 state [S, B, N, d], keep [B, T] bool, y [B, T, N, d], saved [B, T, N, A, d].
@@ -12,34 +13,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.backend import use_threads
 from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp, log1p, tanh
+from clplat.kernels.threads import kernel, threads_worth
 
 SERIAL_BELOW = 1 << 20
 """Multiplications below which a team of threads costs more than it saves."""
 ROWS = 16
 """Rows of a job at most, a multiple of 4."""
 
-# error_model: a division that might raise ZeroDivisionError would not vectorise. parallel: loops of the source only;
-# to look for more in array expressions takes numba longer than all the rest.
-_KERNEL: dict[str, Any] = {
-    "fastmath": FASTMATH,
-    "error_model": "numpy",
-    "nogil": True,
-    "parallel": {
-        "prange": True,
-        **dict.fromkeys(
-            ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
-        ),
-    },
-}
 _HELPER: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy"}
 
 
@@ -95,10 +82,11 @@ def _common(
     gates: Tensor, flat: Tensor, extra: Tensor | None, keep: Tensor | None, options: list[float], reverse: bool
 ) -> tuple[Any, ...]:
     b, t, n, g, d = gates.shape
-    use_threads(1 if b * t * flat.numel() < SERIAL_BELOW else torch.get_num_threads())
-    rows = 4 * max(1, min(ROWS // 4, b * n // (4 * numba.get_num_threads())))
+    threads = threads_worth(b * t * flat.numel(), SERIAL_BELOW)
+    rows = 4 * max(1, min(ROWS // 4, b * n // (4 * threads)))
     no_extra, no_keep = gates.new_empty(n, 0, d), torch.empty(0, 0, dtype=torch.bool)
     return (
+        threads,
         _array(gates).reshape(b, t, n, g * d),
         _array(flat),
         _array(no_extra if extra is None else extra),
@@ -150,19 +138,26 @@ def _product(a, a0, w, k0, count, z, z0, width):
 
 
 @njit(**_HELPER)
+def _fill(x, first, last, value):
+    """Columns first..last of all rows become value."""
+    for r in range(x.shape[0]):
+        for j in range(first, last):
+            x[r, j] = value
+
+
+@njit(**_HELPER)
 def _load(source, b0, n, target):
     """Rows b0.. of one head of a state [B, N, d]; rows past the batch are 0."""
     for r in range(target.shape[0]):
-        if b0 + r < source.shape[0]:
-            target[r] = source[b0 + r, n]
-        else:
-            target[r] = 0
+        for j in range(target.shape[1]):
+            target[r, j] = source[b0 + r, n, j] if b0 + r < source.shape[0] else 0
 
 
 @njit(**_HELPER)
 def _store(source, target, b0, n):
     for r in range(min(source.shape[0], target.shape[0] - b0)):
-        target[b0 + r, n] = source[r]
+        for j in range(source.shape[1]):
+            target[b0 + r, n, j] = source[r, j]
 
 
 @njit(**_HELPER)
@@ -171,7 +166,8 @@ def _refresh(x, keep, b0, t, fresh):
     if keep.shape[0] > 0:
         for r in range(min(x.shape[0], keep.shape[0] - b0)):
             if not keep[b0 + r, t]:
-                x[r] = fresh
+                for j in range(x.shape[1]):
+                    x[r, j] = fresh
 
 
 @njit(**_HELPER)
@@ -179,12 +175,13 @@ def _previous(x, initial, b0, t, n, s, slot, reverse, keep, target):
     """What the state was before step t, after its reset: of saved [B, T, N, A, d], or [B, N, d] at the first step."""
     before = t + 1 if reverse else t - 1
     for r in range(min(target.shape[0], x.shape[0] - b0)):
-        if keep.shape[0] > 0 and not keep[b0 + r, t]:
-            target[r] = 0
-        elif s == 0:
-            target[r] = initial[b0 + r, n]
-        else:
-            target[r] = x[b0 + r, before, n, slot]
+        for j in range(target.shape[1]):
+            if keep.shape[0] > 0 and not keep[b0 + r, t]:
+                target[r, j] = 0
+            elif s == 0:
+                target[r, j] = initial[b0 + r, n, j]
+            else:
+                target[r, j] = x[b0 + r, before, n, slot, j]
 
 
 @njit(**_HELPER)
@@ -220,7 +217,7 @@ def _scatter_flat(source, x, b0, t, n):
             x[b0 + r, t, n, j] = source[r, j]
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _lstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved):
     batch, steps, heads, d = y.shape
     coupled, has_i, has_f = options[0] != 0, options[1] != 0, options[2] != 0
@@ -247,9 +244,9 @@ def _lstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved
                         z[r, d + j] += extra[n, 1, j] * c[r, j]
             _sigmoid(z, 0, 2 * d)
             if not has_i:
-                z[:, :d] = 1
+                _fill(z, 0, d, one)
             if not has_f:
-                z[:, d : 2 * d] = 1
+                _fill(z, d, 2 * d, one)
             for r in range(rows):
                 if coupled:
                     for j in range(d):
@@ -264,7 +261,7 @@ def _lstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved
                         z[r, 3 * d + j] += extra[n, 2, j] * c[r, j]
             _sigmoid(z, 3 * d, 4 * d)
             if not has_o:
-                z[:, 3 * d :] = 1
+                _fill(z, 3 * d, 4 * d, one)
             for r in range(rows):
                 if squash_out:
                     for j in range(d):
@@ -279,7 +276,7 @@ def _lstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved
         _store(c, state[1], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _lstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y, saved, state, last):
     batch, steps, heads, d = y.shape
     coupled, has_i, has_f = options[0] != 0, options[1] != 0, options[2] != 0
@@ -306,7 +303,8 @@ def _lstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y
                     for j in range(d):
                         dc[r, j] += dh[r, j] * a[3, j] * (one - tc[r, j] * tc[r, j])
                 else:
-                    tc[r] = a[4]
+                    for j in range(d):
+                        tc[r, j] = a[4, j]
                     for j in range(d):
                         dc[r, j] += dh[r, j] * a[3, j]
                 if has_o:
@@ -336,7 +334,7 @@ def _lstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y
                     for j in range(d):
                         dc[r, j] += extra[n, 0, j] * z[r, j] + extra[n, 1, j] * z[r, d + j]
             _scatter_flat(z, dgates, b0, t, n)
-            dh[:] = zero
+            _fill(dh, 0, d, zero)
             _product(z, 0, w[n], 0, 4 * d, dh, 0, d)
             _refresh(dh, keep, b0, t, 0)
             _refresh(dc, keep, b0, t, 0)
@@ -344,7 +342,7 @@ def _lstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y
         _store(dc, dstate[1], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _gru_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved):
     batch, steps, heads, d = y.shape
     after = options[0] != 0
@@ -359,14 +357,17 @@ def _gru_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved)
             t = steps - 1 - s if reverse else s
             _refresh(h, keep, b0, t, 0)
             _gather(gates, b0, t, n, x, 0)
-            z[:, : 2 * d] = x[:, : 2 * d]
             for r in range(rows):
-                z[r, 2 * d :] = extra[n, 0]
+                for j in range(2 * d):
+                    z[r, j] = x[r, j]
+                for j in range(d):
+                    z[r, 2 * d + j] = extra[n, 0, j]
             _product(h, 0, w[n], 0, d, z, 0, 3 * d if after else 2 * d)
             _sigmoid(z, 0, 2 * d)
             if after:
-                q[:] = z[:, 2 * d :]
                 for r in range(rows):
+                    for j in range(d):
+                        q[r, j] = z[r, 2 * d + j]
                     for j in range(d):
                         z[r, 2 * d + j] = x[r, 2 * d + j] + z[r, j] * q[r, j]
             else:
@@ -387,7 +388,7 @@ def _gru_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved)
         _store(h, state[0], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _gru_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y, saved, state, last):
     batch, steps, heads, d = y.shape
     after = options[0] != 0
@@ -424,7 +425,7 @@ def _gru_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y,
                         z[r, 2 * d + j] *= a[0, j]
                 _product(z, 0, w[n], 0, 3 * d, dh, 0, d)
             else:
-                ds[:] = zero
+                _fill(ds, 0, d, zero)
                 _product(z, 2 * d, w[n], 2 * d, d, ds, 0, d)
                 for r in range(min(rows, batch - b0)):
                     a = saved[b0 + r, t, n]
@@ -438,7 +439,7 @@ def _gru_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y,
         _store(dh, dstate[0], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _elman_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved):
     batch, steps, heads, d = y.shape
     relu = options[0] != 0
@@ -465,7 +466,7 @@ def _elman_forward(gates, w, extra, keep, options, reverse, rows, state, y, save
         _store(h, state[0], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _elman_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y, saved, state, last):
     batch, steps, heads, d = y.shape
     relu = options[0] != 0
@@ -488,13 +489,13 @@ def _elman_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, 
                     for j in range(d):
                         z[r, j] = dh[r, j] * (one - a[j] * a[j])
             _scatter_flat(z, dgates, b0, t, n)
-            dh[:] = zero
+            _fill(dh, 0, d, zero)
             _product(z, 0, w[n], 0, d, dh, 0, d)
             _refresh(dh, keep, b0, t, 0)
         _store(dh, dstate[0], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _slstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved):
     batch, steps, heads, d = y.shape
     zero, one = y.dtype.type(0), y.dtype.type(1)
@@ -549,7 +550,7 @@ def _slstm_forward(gates, w, extra, keep, options, reverse, rows, state, y, save
         _store(m, state[3], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _slstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y, saved, state, last):
     batch, steps, heads, d = y.shape
     zero, one = y.dtype.type(0), y.dtype.type(1)
@@ -601,7 +602,7 @@ def _slstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, 
                 for j in range(d):
                     dn[r, j] *= a[1, j]
             _scatter_flat(z, dgates, b0, t, n)
-            dh[:] = zero
+            _fill(dh, 0, d, zero)
             _product(z, 0, w[n], 0, 4 * d, dh, 0, d)
             _refresh(dh, keep, b0, t, 0)
             _refresh(dc, keep, b0, t, 0)
@@ -616,7 +617,7 @@ def _slstm_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, 
         _store(beyond, dstate[3], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _lem_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved):
     batch, steps, heads, d = y.shape
     one, dt = y.dtype.type(1), y.dtype.type(options[0])
@@ -653,7 +654,7 @@ def _lem_forward(gates, w, extra, keep, options, reverse, rows, state, y, saved)
         _store(c, state[1], b0, n)
 
 
-@njit(**_KERNEL)
+@kernel(fastmath=FASTMATH)
 def _lem_backward(dgates, w, extra, keep, options, reverse, rows, dstate, dy, y, saved, state, last):
     batch, steps, heads, d = y.shape
     one, dt = y.dtype.type(1), y.dtype.type(options[0])

@@ -14,9 +14,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.backend import use_torch_threads
 from clplat.kernels.numba_cache import njit
 from clplat.kernels.numba_math import FASTMATH, exp, expm1, number, sigmoid
+from clplat.kernels.threads import Kernel, kernel, threads_worth
 
 OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -271,50 +271,26 @@ def _gated_backward_job(
                 s[d] = 0
 
 
-@njit(nogil=True)
-def _scan_forward_serial(jobs: int, args: Any) -> None:
-    for job in range(jobs):
-        _scan_forward_job(job, *args)
-
-
-@njit(nogil=True, parallel=True)
-def _scan_forward_parallel(jobs: int, args: Any) -> None:
+@kernel()
+def _scan_forward(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _scan_forward_job(job, *args)
 
 
-@njit(nogil=True)
-def _scan_backward_serial(jobs: int, args: Any) -> None:
-    for job in range(jobs):
-        _scan_backward_job(job, *args)
-
-
-@njit(nogil=True, parallel=True)
-def _scan_backward_parallel(jobs: int, args: Any) -> None:
+@kernel()
+def _scan_backward(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _scan_backward_job(job, *args)
 
 
-@njit(nogil=True)
-def _gated_forward_serial(jobs: int, args: Any) -> None:
-    for job in range(jobs):
-        _gated_forward_job(job, *args)
-
-
-@njit(nogil=True, parallel=True)
-def _gated_forward_parallel(jobs: int, args: Any) -> None:
+@kernel()
+def _gated_forward(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _gated_forward_job(job, *args)
 
 
-@njit(nogil=True)
-def _gated_backward_serial(jobs: int, args: Any) -> None:
-    for job in range(jobs):
-        _gated_backward_job(job, *args)
-
-
-@njit(nogil=True, parallel=True)
-def _gated_backward_parallel(jobs: int, args: Any) -> None:
+@kernel()
+def _gated_backward(jobs: int, args: Any) -> None:
     for job in prange(jobs):
         _gated_backward_job(job, *args)
 
@@ -329,11 +305,11 @@ def forward(
     if mode in ("scan", "constant"):
         a = inputs[0] if weight is None else weight[None, None]
         args = (_array(a), _array(inputs[-1]), weight is not None, start, kept, flags, _array(h))
-        _launch(_scan_forward_serial, _scan_forward_parallel, b, t, d, args)
+        _launch(_scan_forward, b, t, d, args)
     else:
         x, y, z, w = _padded(inputs, weight)
         args = (MODES[mode], x, y, z, w, start, kept, flags, _array(h))
-        _launch(_gated_forward_serial, _gated_forward_parallel, b, t, d, args)
+        _launch(_gated_forward, b, t, d, args)
     return h
 
 
@@ -360,27 +336,23 @@ def backward(
         da = dinputs[0] if dweight is None else dweight[:, None]
         made = (_array(da), _array(dinputs[-1]))
         args = (_array(a), weight is not None, start, kept, flags, _array(h), _array(dh), _array(carried), *made)
-        _launch(_scan_backward_serial, _scan_backward_parallel, b, t, d, args)
+        _launch(_scan_backward, b, t, d, args)
     else:
         x, y, z, w = _padded(inputs, weight)
         dx, dy, dz, dw = _padded(dinputs, torch.zeros((b, d), dtype=h.dtype) if dweight is None else dweight)
         slope = x.dtype.type(0.5 / slope_limit)
         tail = (slope, _array(h), _array(dh), _array(carried), dx, dy, dz, dw)
         args = (MODES[mode], x, y, z, w, start, kept, flags, *tail)
-        _launch(_gated_backward_serial, _gated_backward_parallel, b, t, d, args)
+        _launch(_gated_backward, b, t, d, args)
     return dinputs, dweight, carried
 
 
-def _launch(serial: Any, parallel: Any, b: int, t: int, d: int, args: tuple[Any, ...]) -> None:
-    threads = torch.get_num_threads() if b * t * d >= SERIAL_BELOW else 1
+def _launch(compiled: Kernel, b: int, t: int, d: int, args: tuple[Any, ...]) -> None:
+    threads = threads_worth(b * t * d, SERIAL_BELOW)
     slabs = max(-(-threads // max(b, 1)), -(-d // WIDEST_SLAB))
     width = -(-d // (slabs * 16)) * 16
     slabs = -(-d // width)
-    if threads == 1:
-        serial(b * slabs, (slabs, width, *args))
-    else:
-        use_torch_threads()
-        parallel(b * slabs, (slabs, width, *args))
+    compiled(threads, b * slabs, (slabs, width, *args))
 
 
 def _edges(x: Tensor, initial: Tensor | None, keep: Tensor | None, reverse: bool) -> tuple[Any, Any, Any]:

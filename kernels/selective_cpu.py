@@ -12,10 +12,10 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_cache import njit
+from clplat.kernels.arguments import SERIAL_BELOW
 from clplat.kernels.numba_math import FASTMATH, exp
 from clplat.kernels.selective import CHUNK
+from clplat.kernels.threads import kernel, threads_worth
 
 SLAB = 32
 """Channels of one task: the states of a chunk of them and their decays stay in a core's cache."""
@@ -29,8 +29,8 @@ def forward(
     y, kept = x.new_empty(x.shape), h.new_empty(rows, -(-steps // CHUNK), states, width)
     # Channels last, and so next to one another, in every array of states.
     last = h.new_empty(rows, states, width)
-    use_threads(x.numel() * states)
-    _forward(*_arrays(x, dt, b, c, a.t(), skip, h.transpose(1, 2), keep), reverse, *_arrays(y, last, kept))
+    threads = threads_worth(x.numel() * states, SERIAL_BELOW)
+    _forward(threads, *_arrays(x, dt, b, c, a.t(), skip, h.transpose(1, 2), keep), reverse, *_arrays(y, last, kept))
     return y, last.transpose(1, 2).contiguous(), kept
 
 
@@ -53,9 +53,9 @@ def backward(
     # Rows are the tasks: what sums over channels then needs no second buffer.
     db, dc = x.new_empty(b.shape), x.new_empty(c.shape)
     da, dskip, dh0 = x.new_empty(rows, size, width), x.new_empty(rows, width), x.new_empty(rows, size, width)
-    use_threads(x.numel() * size if rows > 1 else 0)
+    threads = threads_worth(x.numel() * size if rows > 1 else 0, SERIAL_BELOW)
     given = _arrays(x, dt, b, c, a.t(), skip, keep, states, dy, dh.transpose(1, 2))
-    _backward(*given, reverse, *_arrays(dx, ddt, db, dc, da, dskip, dh0))
+    _backward(threads, *given, reverse, *_arrays(dx, ddt, db, dc, da, dskip, dh0))
     return dx, ddt, db, dc, da.sum(0).t().contiguous(), dskip.sum(0), dh0.transpose(1, 2).contiguous()
 
 
@@ -63,7 +63,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _forward(x, dt, b, c, a, skip, h0, keep, reverse, y, h1, kept):
     batch, steps, width = x.shape
     size = a.shape[0]
@@ -101,7 +101,7 @@ def _forward(x, dt, b, c, a, skip, h0, keep, reverse, y, h1, kept):
                 h1[r, s, lo + j] = h[s, j]
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _backward(x, dt, b, c, a, skip, keep, kept, dy, dh, reverse, dx, ddt, db, dc, da, dskip, dh0):
     batch, steps, width = x.shape
     size = a.shape[0]

@@ -14,9 +14,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_cache import njit
+from clplat.kernels.arguments import SERIAL_BELOW
 from clplat.kernels.numba_math import FASTMATH
+from clplat.kernels.threads import kernel, threads_worth
 
 
 def forward(
@@ -25,8 +25,8 @@ def forward(
     """o [B, T, N, d], all log-sum-exps [B, T, N], the last of these and the last o."""
     made = torch.empty_like(v, memory_format=torch.contiguous_format), lse.new_empty(s.shape)
     last = lse.new_empty(lse.shape), o.new_empty(o.shape)
-    use_threads(v.numel())
-    _forward(*_arrays(s, v, lse, o, keep), reverse, *_arrays(*made, *last))
+    threads = threads_worth(v.numel(), SERIAL_BELOW)
+    _forward(threads, *_arrays(s, v, lse, o, keep), reverse, *_arrays(*made, *last))
     return *made, *last
 
 
@@ -46,8 +46,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of s, v, the first log-sum-exp and the first o."""
     made = s.new_empty(s.shape), v.new_empty(v.shape), dlse.new_empty(dlse.shape), do.new_empty(do.shape)
-    use_threads(v.numel())
-    _backward(*_arrays(s, v, lse, o, keep, y, lses, last_o, dy, dlse, do), reverse, *_arrays(*made))
+    threads = threads_worth(v.numel(), SERIAL_BELOW)
+    _backward(threads, *_arrays(s, v, lse, o, keep, y, lses, last_o, dy, dlse, do), reverse, *_arrays(*made))
     return made
 
 
@@ -55,7 +55,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _forward(s, v, lse0, o0, keep, reverse, y, lses, lse1, o1):
     batch, steps, heads = s.shape
     width = v.shape[3]
@@ -85,7 +85,7 @@ def _forward(s, v, lse0, o0, keep, reverse, y, lses, lse1, o1):
         lse1[b, n] = lse
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _backward(s, v, lse0, o0, keep, y, lses, last_o, dy, dlse, do, reverse, ds, dv, dlse1, do1):
     batch, steps, heads = s.shape
     width = v.shape[3]

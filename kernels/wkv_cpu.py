@@ -12,9 +12,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from clplat.kernels.arguments import use_threads
-from clplat.kernels.numba_cache import njit
+from clplat.kernels.arguments import SERIAL_BELOW
 from clplat.kernels.numba_math import FASTMATH, exp
+from clplat.kernels.threads import kernel, threads_worth
 from clplat.kernels.wkv import CHUNK
 
 SLAB = 128
@@ -28,8 +28,8 @@ def forward(
     b, t, d = v.shape
     made = v.new_empty(b, t, d), num.new_empty(b, d), num.new_empty(b, d), num.new_empty(b, d)
     states = num.new_empty(3, b, -(-t // CHUNK), d)
-    use_threads(v.numel())
-    _forward(*_arrays(k, v, w, u, num, den, top, keep), reverse, *_arrays(*made, states))
+    threads = threads_worth(v.numel(), SERIAL_BELOW)
+    _forward(threads, *_arrays(k, v, w, u, num, den, top, keep), reverse, *_arrays(*made, states))
     return *made, states
 
 
@@ -51,9 +51,9 @@ def backward(
     b, _, d = v.shape
     dk, dv, dw, du = k.new_empty(k.shape), v.new_empty(v.shape), v.new_empty(b, d), v.new_empty(b, d)
     first = num.new_empty(b, d), num.new_empty(b, d), num.new_empty(b, d)
-    use_threads(v.numel())
+    threads = threads_worth(v.numel(), SERIAL_BELOW)
     given = _arrays(k, v, w, u, num, den, keep, states, dy, dnum, dden)
-    _backward(*given, reverse, *_arrays(dk, dv, dw, du, *first))
+    _backward(threads, *given, reverse, *_arrays(dk, dv, dw, du, *first))
     return dk, dv, dw.sum(0), du.sum(0), *first
 
 
@@ -61,7 +61,7 @@ def _arrays(*tensors: Tensor):
     return tuple(x.detach().contiguous().numpy() for x in tensors)
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _forward(k, v, w, u, num0, den0, top0, keep, reverse, y, num1, den1, top1, states):
     batch, steps, width = v.shape
     slabs = (width + SLAB - 1) // SLAB
@@ -94,7 +94,7 @@ def _forward(k, v, w, u, num0, den0, top0, keep, reverse, y, num1, den1, top1, s
                 num[j], den[j], top[j] = old * n + new * val, old * d + new, q
 
 
-@njit(parallel=True, nogil=True, fastmath=FASTMATH)
+@kernel(fastmath=FASTMATH)
 def _backward(k, v, w, u, num0, den0, keep, states, dy, dnum, dden, reverse, dk, dv, dw, du, dnum0, dden0, dtop0):
     batch, steps, width = v.shape
     slabs = (width + SLAB - 1) // SLAB

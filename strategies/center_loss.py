@@ -93,7 +93,8 @@ class CenterLoss(Strategy):
         head = learner.net.head
         self.rows = self.old.clone()
         if isinstance(head, TaskHead):  # each task has rows of its own: all but the current one's stay
-            own = head.column[experience.task_label]
+            assert experience.task_label is not None  # by the stream's check
+            own = head.offered([experience.task_label])[0]
             self.rows = torch.ones(head.linear.out_features, dtype=torch.bool, device=own.device)
             self.rows[own[own >= 0]] = False
         self.head_weight, self.head_bias = head.linear.weight.detach().clone(), head.linear.bias.detach().clone()

@@ -76,12 +76,12 @@ class DER(Strategy):
 
 def _distance(learner: Learner, logits: Tensor, batch: Batch) -> Tensor:
     """Mean squared distance to the stored logits, over the logits offered then, on scored steps."""
-    stored = batch.extra["logits"].float()
+    stored, logits = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (batch.extra["logits"], logits))
     if logits.ndim == 3:
         logits, stored = logits[:, : stored.shape[1]], stored[:, : logits.shape[1]]
     counted = (stored > torch.finfo(torch.float32).min / 2) & torch.isfinite(stored)
     scored = learner.objective.scored(batch)
     if scored is not None:
         counted = counted & scored[:, : stored.shape[1], None]
-    apart = (logits.float() - stored).masked_fill(~counted, 0).square()
+    apart = (logits - stored).masked_fill(~counted, 0).square()
     return apart.sum() / counted.sum()

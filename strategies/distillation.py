@@ -108,7 +108,12 @@ class Distillation(Strategy):
         """T^2 KL [B] over the classes known before, where the teacher offers them."""
         offered = self.known & (old > torch.finfo(old.dtype).min)
         lowest = torch.finfo(torch.float32).min
-        p, q = ((z.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1) for z in (old, new))
+        p, q = (
+            (z.to(torch.promote_types(z.dtype, torch.float32)) / self.temperature)
+            .masked_fill(~offered, lowest)
+            .log_softmax(-1)
+            for z in (old, new)
+        )
         apart = (p.exp() * (p - q)).masked_fill(~offered, 0).sum(-1) * self.temperature**2
         return apart / self.old if self.by_class else apart
 

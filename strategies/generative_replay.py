@@ -141,8 +141,12 @@ class GenerativeReplay(Strategy):
             # A class that competes in neither, or in one of them only, has nothing to be compared with.
             offered = (old > torch.finfo(old.dtype).min) & (logits > torch.finfo(logits.dtype).min)
             lowest = torch.finfo(torch.float32).min
-            old = (old.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1)
-            new = (logits.float() / self.temperature).log_softmax(-1)
+            old = (
+                (old.to(torch.promote_types(old.dtype, torch.float32)) / self.temperature)
+                .masked_fill(~offered, lowest)
+                .log_softmax(-1)
+            )
+            new = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature).log_softmax(-1)
             apart = (old.exp() * (old - new)).masked_fill(~offered, 0).sum(-1)
             mask = self._generated.mask
             mean = apart.mean() if mask is None else (apart * mask).sum() / mask.sum()

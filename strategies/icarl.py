@@ -81,7 +81,8 @@ class ICaRL(Strategy):
     def predict(self, learner: Learner, batch: Batch, logits: Tensor, features: Tensor) -> Tensor:
         if self.means is None or not self.nearest_mean:
             return logits
-        apart = torch.cdist(F.normalize(features, dim=-1).float(), self.means).square()
+        unit = F.normalize(features, dim=-1)
+        apart = torch.cdist(unit.to(self.means.dtype), self.means).square()
         lowest = torch.finfo(apart.dtype).min
         held = (self.means != 0).any(-1)  # a class may have no exemplar left
         offered = self.known & held & (logits > torch.finfo(logits.dtype).min)
@@ -97,4 +98,5 @@ class ICaRL(Strategy):
         with learner.evaluating():
             features = torch.cat([unit_features(learner, held.rows(r)) for r in torch.arange(len(held)).split(1000)])
         member = F.one_hot(held.y, len(learner.seen)).to(features.dtype)  # [N, C]
-        self.means = F.normalize(member.mT @ features, dim=-1).float()
+        means = F.normalize(member.mT @ features, dim=-1)
+        self.means = means.to(torch.promote_types(means.dtype, torch.float32))

@@ -100,8 +100,16 @@ class LwF(Strategy):
     def _divergence(self, new: Tensor, old: Tensor, offered: Tensor) -> Tensor:
         """KL [B] or [B, T] of old and new answers, among the classes that `offered` [C] or [.., C] allows."""
         lowest = torch.finfo(torch.float32).min
-        new = (new.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1)
-        old = (old.float() / self.temperature).masked_fill(~offered, lowest).log_softmax(-1)
+        new = (
+            (new.to(torch.promote_types(new.dtype, torch.float32)) / self.temperature)
+            .masked_fill(~offered, lowest)
+            .log_softmax(-1)
+        )
+        old = (
+            (old.to(torch.promote_types(old.dtype, torch.float32)) / self.temperature)
+            .masked_fill(~offered, lowest)
+            .log_softmax(-1)
+        )
         return F.kl_div(
             new.masked_fill(~offered, 0), old.masked_fill(~offered, lowest), reduction="none", log_target=True
         ).sum(-1)

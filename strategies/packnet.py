@@ -53,6 +53,7 @@ class PackNet(Strategy):
         self._due: int | None = None
 
     def setup(self, learner: Learner, stream: Stream) -> None:
+        self.tasks.plan(stream)
         learner.net = MaskedNet(learner.net, self.tasks)
 
     def enter(self, learner: Learner, experience: Experience) -> None:

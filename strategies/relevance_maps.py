@@ -75,6 +75,7 @@ class RelevanceMaps(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         check_answer(learner, stream)
+        self.tasks.plan(stream)
         learner.net = MaskedNet(learner.net, self.tasks, self.sharpness)
 
     def enter(self, learner: Learner, experience: Experience) -> None:

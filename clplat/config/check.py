@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -15,12 +16,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
+from clplat.config.trust import judge
+from clplat.metrics import METRICS
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
 """How many positional arguments clplat fills in itself where it calls what is configured there."""
 
 PRECISIONS = ("32-true", "32", "64-true", "64", "bf16-mixed")
 """What `trainer.precision` may be."""
+
+MANY_THREADS = 256
+"""Threads that may be asked for on any machine: as many as a run had elsewhere, and not so many that none can start."""
 
 BUILT = ("stream", "learner", "objective", "optimizer", "schedule", "training", "evaluation", "trainer", "tracking")
 """Groups of which one option is chosen and built."""
@@ -46,13 +52,18 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], DictConfig) or (key != "learner" and "_target_" not in cfg[key]):
             raise ConfigError(f"{key}: got {cfg[key]}, it has no _target_: choose one of `clplat list {key}`.")
     nodes = list(_nodes("", cfg))
+    judge(cfg, _imported)
     kinds = {"seed": int, "progress": bool, "debug": bool, "output_dir": str, "threads": int | None}
     for key, kind in kinds.items():
         _fits(key, cfg[key], kind)
-    if cfg.threads is not None and cfg.threads < 1:
-        raise ConfigError(f"threads: got {cfg.threads}, it must be at least 1, or null for torch's choice.")
+    most = max(MANY_THREADS, os.cpu_count() or 1)
+    if cfg.threads is not None and not 1 <= cfg.threads <= most:
+        raise ConfigError(f"threads: got {cfg.threads}, it must lie in 1..{most}, or be null for torch's choice.")
     if cfg.seed >= 2**32:  # numpy's bound
         raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
+    objective = cfg.sweep.get("objective") if isinstance(cfg.sweep, DictConfig) else None
+    if list(cfg.sweep or []) != ["objective"] or objective not in METRICS:
+        raise ConfigError(f"sweep.objective: got {objective!r}, it must be one of {', '.join(METRICS)}.")
     _check_learner(cfg.learner)
     _check_strategy(cfg.get("strategy"))
     precision = str(cfg.trainer.get("precision", "32-true"))

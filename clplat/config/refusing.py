@@ -25,8 +25,9 @@ class ConfigError(UserError, ValueError):
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """A hint at what may have been meant, the end of a sentence: "; did you mean 'x'?", or "."."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    lower = {each.lower(): each for each in allowed}
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[close[0]]!r}?" if close else "."
 
 
 @cache

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from clplat.checkpoint import CheckpointError
 from clplat.learners.optimizers import Averaging
+
+_LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+"""Names under which torch's optimisers keep tensors of the weights' shapes."""
 
 
 class Handover:
@@ -26,14 +31,21 @@ class Handover:
         self._rates: list[float] = []
         self._factor: float | None = None
         self._waiting: dict[str, Any] | None = None  # for the next `begin`
+        self._resumed = False  # what waits is a checkpoint's
 
     def begin(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """A new optimiser, with the state that was handed over, if any."""
+        """A new optimiser, with the state that was handed over, if any.
+
+        Raises:
+            CheckpointError: a checkpoint's state is for other weights.
+        """
         self.optimizer = self.make(groups)
         self._rates, self._factor = [group["lr"] for group in self.optimizer.param_groups], None
         if self._waiting is not None:
+            if self._resumed:
+                _check_fits(self.optimizer.param_groups, self._waiting)
             self.optimizer.load_state_dict(self._waiting)
-            self._waiting = None
+            self._waiting, self._resumed = None, False
         return self.optimizer
 
     def set_rate(self, factor: float) -> None:
@@ -74,4 +86,18 @@ class Handover:
 
     def resume(self, state: dict[str, Any] | None) -> None:
         """Take what `state` gave."""
-        self._waiting = state
+        self._waiting, self._resumed = state, True
+
+
+def _check_fits(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Refuse the state of an optimiser of other weights, which torch would take, and fail at the first step."""
+    weights = [p for group in groups for p in group["params"]]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    wrong = f"for {sum(sizes)} weights, this run trains {len(weights)}" if sum(sizes) != len(weights) else ""
+    for number, kept in state["state"].items():
+        for name in _LIKE_WEIGHTS:
+            value = kept.get(name)
+            if not wrong and isinstance(value, Tensor) and value.shape != weights[number].shape:
+                wrong = f"for a weight {list(value.shape)}, in this run it is {list(weights[number].shape)}"
+    if wrong:
+        raise CheckpointError(f"The optimiser's state in the checkpoint is {wrong}.")

@@ -31,7 +31,7 @@ class Softmax(Objective):
         return torch.where(batch.y == UNSCORED, batch.y, drawn)
 
     def entropy(self, logits: Tensor) -> Tensor:
-        return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+        return torch.special.entr(logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)).sum(-1)
 
     def coded(self, y: Tensor, outputs: int) -> Tensor:
         return F.one_hot(y, outputs).double()
@@ -153,7 +153,7 @@ class Bits(Objective):
         return (drawn < logits.sigmoid()).to(batch.y.dtype)
 
     def entropy(self, logits: Tensor) -> Tensor:
-        p = logits.float().sigmoid()
+        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         return F.binary_cross_entropy(p, p, reduction="none").sum(-1)
 
     def fisher_factors(self, logits: Tensor, batch: Batch) -> Iterator[Tensor]:

@@ -20,7 +20,8 @@ DRAWN = 4096
 class TaskEmbeddings(Tasks):
     """One embedding e_t [E] a task: a parameter while the task is learned, a constant afterwards.
 
-    Embeddings start from N(0, std^2), drawn by the task's label, so that a task not met yet has one too.
+    Embeddings start from N(0, std^2), drawn by the task's place among those of the stream, so that a task not met yet
+    has one too.
 
     Args:
         width: E.
@@ -38,7 +39,7 @@ class TaskEmbeddings(Tasks):
 
     def initial(self, label: int) -> Tensor:
         """The embedding [E] that a task starts from."""
-        generator = torch.Generator().manual_seed(stable_seed(self.seed, "task embedding", label))
+        generator = torch.Generator().manual_seed(stable_seed(self.seed, "task embedding", self.place(label)))
         drawn = self.std * torch.randn(len(self.current), generator=generator)
         return drawn.to(self.current)
 
@@ -127,7 +128,7 @@ class GeneratedNet(PerTaskNet):
         head = self.template.head
         if not isinstance(head, TaskHead):
             return None
-        columns = head.column[list(labels)]  # [J, C]
+        columns = head.offered(labels)  # [J, C]
         rows = head.linear.out_features
         own = torch.zeros(len(labels), rows + 1, device=columns.device)
         own.scatter_(1, columns.masked_fill(columns < 0, rows), 1.0)

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from clplat.learners.nets.net import Net, Output, State
 from clplat.learners.objective import Objective
 from clplat.state import StateModule
-from clplat.streams.experience import Batch, Experience
+from clplat.streams.experience import Batch, Experience, Stream
 from clplat.weights import functional
 
 
 def label_of(experience: Experience) -> int:
     """The task of an experience: its task label, or its index where the learner is told none."""
     return experience.index if experience.task_label is None else experience.task_label
+
+
+NONE = torch.iinfo(torch.int64).min
+"""Stands in a checkpoint for no active task; every other number may be a label."""
 
 
 class Tasks(StateModule):
@@ -30,6 +34,8 @@ class Tasks(StateModule):
         labels: of the tasks learned, in order.
         active: the label of the experience trained last or being trained; None before the first.
         open: True from `start` to `finish`: the active task is being learned.
+        order: of all tasks of the stream, as they occur in it; a task's place decides what is drawn for it, its label
+            does not.
     """
 
     def __init__(self) -> None:
@@ -37,6 +43,15 @@ class Tasks(StateModule):
         self.labels: list[int] = []
         self.active: int | None = None
         self.open = False
+        self.order: list[int] = []
+
+    def plan(self, stream: Stream) -> None:
+        """Note the tasks of a stream."""
+        self.order = list(dict.fromkeys(map(label_of, stream)))
+
+    def place(self, label: int) -> int:
+        """Place of a task among those of the stream; the label itself where it is none of them."""
+        return self.order.index(label) if label in self.order else label
 
     @property
     def known(self) -> list[int]:
@@ -65,14 +80,14 @@ class Tasks(StateModule):
         return self.open and label == self.active
 
     def get_extra_state(self) -> Tensor:
-        """The active label (-1: none), 1 if it is being learned, and all labels; a tensor, as everything in a net."""
-        active = -1 if self.active is None else self.active
+        """The active label (`NONE`: none), 1 if it is being learned, and all labels; a tensor, as everything in a net."""
+        active = NONE if self.active is None else self.active
         return torch.tensor([active, int(self.open), *self.labels])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take what `get_extra_state` gave."""
         active, learning, *self.labels = state.tolist()
-        self.active, self.open = (None if active == -1 else active), bool(learning)
+        self.active, self.open = (None if active == NONE else active), bool(learning)
 
 
 class PerTaskNet(Net):
@@ -136,7 +151,7 @@ class PerTaskNet(Net):
         active = self.tasks.active or 0
         if batch.task is None or (self.training and batch.source is None and self.tasks.open):
             return self._run(active, call, batch, *rest)
-        labels = batch.task.unique().tolist()
+        labels = sorted(batch.task.unique().tolist(), key=self.tasks.place)
         if len(labels) == 1:
             return self._run(labels[0], call, batch, *rest)
         places = [(batch.task == label).nonzero().squeeze(1) for label in labels]

@@ -44,6 +44,7 @@ class GeneratedWeights(Strategy):
 
     def setup(self, learner: Learner, stream: Stream) -> None:
         check_answer(learner, stream)
+        self.tasks.plan(stream)
         learner.net = net = GeneratedNet(learner.net, self.tasks, self.generator)
         size = sum(p.numel() for p in net.generator.parameters())
         log.info("%s: %d parameters generate %d weights", type(self).__name__, size, net.size)

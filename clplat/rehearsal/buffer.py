@@ -165,7 +165,7 @@ class Buffer(StateModule):
             stored = self._fitted(name, values, size)
             if stored.shape[1:] != values.shape[1:]:
                 values = _padded(values, stored.shape[1], _fill(name, values))
-            stored.index_copy_(0, at, values)
+            stored.index_copy_(0, at, values.to(stored.dtype))  # floats have the precision of the run
 
     def _offered(self, batch: Batch) -> dict[str, Tensor]:
         """The fields to store of a batch; one that earlier or later batches lack gets what its absence means."""

@@ -58,14 +58,15 @@ class SequenceVAE(nn.Module):
             batch: its inputs.
             noise: [B, Z] standard normal numbers.
         """
-        x = batch.x[:, None] if self.steps == 0 else batch.x
+        given = batch.x.long() if self.features is None else batch.x.to(self.begin.weight.dtype)
+        x = given[:, None] if self.steps == 0 else given
         last = self.encoder(self.embed(x))[1][0]
         mean, log_variance = self.posterior(last).chunk(2, -1)
         out = self.decode(mean + (0.5 * log_variance).exp() * noise)
         if self.features is None:
-            misfit = F.cross_entropy(out.transpose(1, 2), batch.x, reduction="none").sum(1)
+            misfit = F.cross_entropy(out.transpose(1, 2), given, reduction="none").sum(1)
         else:
-            misfit = 0.5 * ((out - batch.x) / self.deviation).square().flatten(1).sum(1)
+            misfit = 0.5 * ((out - given) / self.deviation).square().flatten(1).sum(1)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
         return (misfit + divergence).mean()
 

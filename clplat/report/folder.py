@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from clplat.scores import Results
 
 ORIGIN = ("config.yaml", "environment.txt", "code.json")
 """Files of a run that has begun."""
+
+WHERE = "where.txt"
+"""File that is written last: a run is complete when it is there."""
 
 OUTCOME = (
     "results.npz", "result.json", "results_table.json", "table.md", "curves.png", "matrix.png", "figures.html",
@@ -36,9 +40,9 @@ def begin(folder: Path, config: str) -> None:
         folder: of the run; it exists.
         config: the resolved configuration as yaml.
     """
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    (folder / "environment.txt").write_text(provenance.installed(), encoding="utf-8")
-    (folder / "code.json").write_text(json.dumps(provenance.code(), indent=1), encoding="utf-8")
+    _write(folder / "config.yaml", config)
+    _write(folder / "environment.txt", provenance.installed())
+    _write(folder / "code.json", json.dumps(provenance.code(), indent=1))
 
 
 def finish(
@@ -49,7 +53,9 @@ def finish(
     where: str,
     found: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the scores first, then tables and figures.
+    """Write the scores first, then tables and figures, and `where.txt` last: with it the run is complete.
+
+    A file is there whole or not at all.
 
     Args:
         folder: of the run.
@@ -58,18 +64,40 @@ def finish(
         experiences: their K names.
         where: the line that tells where to see more.
         found: arrays that the strategies report.
+
+    Raises:
+        OSError: no room, or no right to write.
     """
     labels = figures.labels(results.all.experiences, experiences)
-    np.savez_compressed(folder / "results.npz", allow_pickle=False, **results.arrays())
-    (folder / "result.json").write_text(json.dumps(summary.plain(), indent=1), encoding="utf-8")
+    _write(folder / "result.json", json.dumps(summary.plain(), indent=1))
+    with _whole(folder / "results.npz") as path:
+        np.savez_compressed(path, allow_pickle=False, **results.arrays())
     if found:
-        np.savez(folder / "strategy.npz", allow_pickle=False, **found)
-    (folder / "where.txt").write_text(where + "\n", encoding="utf-8")
-    (folder / "results_table.json").write_text(json.dumps(_table(results, labels)), encoding="utf-8")
-    (folder / "table.md").write_text(markdown(results, summary.metrics, labels), encoding="utf-8")
-    figures.curves(results.all, experiences).savefig(folder / "curves.png", dpi=130)
-    figures.matrix(results.all, experiences).savefig(folder / "matrix.png", dpi=130)
-    (folder / "figures.html").write_text(figures.html(results.all, experiences), encoding="utf-8")
+        with _whole(folder / "strategy.npz") as path:
+            np.savez(path, allow_pickle=False, **found)
+    _write(folder / "results_table.json", json.dumps(_table(results, labels)))
+    _write(folder / "table.md", markdown(results, summary.metrics, labels))
+    for name, figure in (("curves.png", figures.curves), ("matrix.png", figures.matrix)):
+        with _whole(folder / name) as path:
+            figure(results.all, experiences).savefig(path, dpi=130)
+    _write(folder / "figures.html", figures.html(results.all, experiences))
+    _write(folder / WHERE, where + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with _whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name when all of it is there; nothing is left of one that fails."""
+    part = path.with_name(f".part.{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _table(results: Results, labels: Sequence[str]) -> dict[str, list[Any]]:

@@ -68,7 +68,7 @@ def _scores(run: RunSummary) -> Tensor | None:
     if not path or not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays["R"])
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("%s cannot be read (%s): this run is compared without its R.", path, error)

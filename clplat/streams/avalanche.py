@@ -8,13 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clplat._torchvision import ensure_importable
 from clplat.streams.avalanche_data import Options, data_of, targets_of
 from clplat.streams.batch import StreamError
-from clplat.streams.experience import Experience, Scenario, Stream
+from clplat.streams.data import TensorData
+from clplat.streams.experience import Data, Experience, Scenario, Stream
 from clplat.streams.labelled import Layout
 from clplat.streams.loader import stable_seed
+from clplat.streams.reading import seeded
+
+LOOKED = 64
+"""Examples by which it is told whether sequences have one length, where they are not in memory as one tensor."""
 
 
 def from_avalanche(
@@ -33,7 +39,7 @@ def from_avalanche(
 
     Args:
         benchmark: a benchmark (`avalanche.benchmarks.CLScenario`), or a function without arguments that makes one.
-        layout: of the inputs (see `lay_out`); images may be [channels, H, W].
+        layout: of the inputs (see `lay_out`); images may be [channels, H, W]. Sequences [T, D] may differ in T.
         scenario: what kind of stream it is. None: task-incremental if experiences have different task labels,
             domain-incremental if all have the same classes, else class-incremental.
         vocabulary: number of token ids if examples are [T] integers; None if they are floats.
@@ -46,13 +52,12 @@ def from_avalanche(
 
     Raises:
         StreamError: the benchmark cannot be made, its train and test streams do not fit each other, its examples are
-            no tensors of one shape, or a random augmentation would be frozen by `cache`.
+            no tensors of one width, or a random augmentation would be frozen by `cache`.
     """
     ensure_importable()
     options = Options(layout, vocabulary, cache, workers)
     # Avalanche draws from (and seeds) the global generators.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed(order_seed, "avalanche"))
+    with seeded(stable_seed(order_seed, "avalanche")):
         if callable(benchmark):
             benchmark = _make(benchmark, order_seed)
         train, test = list(benchmark.train_stream), list(benchmark.test_stream)
@@ -96,8 +101,22 @@ def from_avalanche(
         outputs=1 + max(int(t.max()) for t in (d.targets() for d in everything) if t is not None),
         features=None if vocabulary is not None else first.shape[-1],
         vocabulary=vocabulary,
-        length=0 if first.ndim == 2 and vocabulary is None else first.shape[1],
+        length=_length(everything, first, vocabulary),
     )
+
+
+def _length(sets: Sequence[Data], first: Tensor, vocabulary: int | None) -> int | None:
+    """T of all sequences, 0 without a time axis; None where lengths differ."""
+    if first.ndim == 2 and vocabulary is None:
+        return 0
+    lengths = set()
+    for data in sets:
+        if not isinstance(data, TensorData):
+            batch = data.batch(torch.arange(min(len(data), LOOKED)))
+            lengths |= {batch.x.shape[1]} if batch.lengths is None else set(batch.lengths.tolist())
+        else:
+            lengths.add(data.x.shape[1])
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _make(function: Callable[..., Any], seed: int) -> Any:

@@ -32,7 +32,11 @@ def checked_reader(dataset: Any, sample: Tensor, expected: Tensor) -> Reader | N
         got = reader(sample)
     except _Unknown:
         return None
-    same = got.shape == expected.shape and got.dtype == expected.dtype and torch.allclose(got, expected, atol=1e-6)
+    same = (
+        got.shape == expected.shape
+        and got.dtype == expected.dtype
+        and torch.allclose(got, expected, atol=1e-6, equal_nan=True)
+    )
     return reader if same else None
 
 

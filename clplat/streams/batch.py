@@ -65,10 +65,16 @@ class Batch:
         return self.x.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; itself if it is there already."""
-        if self.x.device == torch.device(device):
+        """The same batch on another device, its floats in torch's default precision; itself if all is so already.
+
+        The default precision is that of the run (`trainer.precision`).
+        """
+        floats = torch.get_default_dtype()
+        if self.x.device == torch.device(device) and all(
+            t.dtype == floats for t in (self.x, self.y, *self.extra.values()) if t.is_floating_point()
+        ):
             return self
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        return self._map(lambda t: t.to(device, floats if t.is_floating_point() else t.dtype, non_blocking=True))
 
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` ([M] integers, or [B] bool) of every field."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from clplat.streams.batch import UNSCORED, Batch, StreamError
 from clplat.streams.inputs import Inputs
+from clplat.streams.look import Seen, look
 from clplat.streams.order import Order
 
 __all__ = ["UNSCORED", "Batch", "Chunks", "Data", "Experience", "Scenario", "Stream", "StreamError", "Target"]
@@ -117,6 +118,7 @@ class Stream:
         vocabulary: the number of token ids; None for float inputs.
         length: T where every sequence has the same number of time steps. None: lengths differ. 0: no time axis.
         per_step: True when there is a target at every time step.
+        symbols: what the tokens stand for, in order, where that is known; else empty.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Stream:
     vocabulary: int | None = None
     length: int | None = None
     per_step: bool = False
+    symbols: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> Inputs:
@@ -148,56 +151,23 @@ class Stream:
         """The classes of experiences 0..index, ascending."""
         return tuple(sorted({c for e in self.experiences[: index + 1] for c in e.classes}))
 
+    @cached_property
+    def contents(self) -> tuple[tuple[str, Seen], ...]:
+        """What a look at every row found in each set, by the set's name."""
+        return look(self)
+
     def check(self) -> None:
-        """Refuse what could not be learned, before any training.
+        """Refuse what could not be learned, before any training. All rows of all sets are looked at, once.
 
         Raises:
-            StreamError: no experience; an empty train or test set; inputs of the wrong shape or type; labels out of
-                range; lengths outside 1..T.
+            StreamError: no experience; an empty set; inputs or targets of the wrong shape, number format or range, or
+                not finite; lengths outside 1..T; a class that only a test set has; the set and the row are named.
         """
-        if not self.experiences:
-            raise StreamError(f"Stream {self.name!r} has no experience: it needs at least one.")
-        for experience in self.experiences:
-            for part, data in (("train", experience.train), ("valid", experience.valid), ("test", experience.test)):
-                if data is None:
-                    continue
-                where = f"experience {experience.index} ({experience.name}), {part} set"
-                if len(data) == 0:
-                    raise StreamError(f"{where}: it is empty, every set needs at least one example.")
-                self._check_batch(data.batch(torch.arange(min(len(data), 32))), where)
-                labels = data.targets()
-                if labels is not None and self.target == "class":
-                    self._check_range(labels, where)
+        _ = self.contents
 
-    def _check_batch(self, batch: Batch, where: str) -> None:
-        shape = tuple(batch.x.shape)
-        if self.vocabulary is not None:
-            if batch.x.ndim != 2 or batch.x.is_floating_point():
-                raise StreamError(f"{where}: token inputs must be integers [B, T], got {batch.x.dtype} {list(shape)}.")
-            low, high = int(batch.x.min()), int(batch.x.max())
-            if low < 0 or high >= self.vocabulary:
-                raise StreamError(f"{where}: token ids must lie in 0..{self.vocabulary - 1}, got {low}..{high}.")
-        elif batch.x.ndim not in (2, 3) or not batch.x.is_floating_point() or shape[-1] != self.features:
-            raise StreamError(
-                f"{where}: inputs must be floats [B, D] or [B, T, D] with D = {self.features}, "
-                f"got {batch.x.dtype} {list(shape)}."
-            )
-        if self.target in ("tag", "token"):
-            if batch.y.shape != batch.x.shape[:2]:
-                raise StreamError(f"{where}: targets must be [B, T] = {list(shape[:2])}, got {list(batch.y.shape)}.")
-            self._check_range(batch.y[batch.y != UNSCORED], where)
-        elif self.target == "class":
-            if batch.y.shape != batch.x.shape[:1]:
-                raise StreamError(f"{where}: targets must be [B] = [{shape[0]}], got {list(batch.y.shape)}.")
-            self._check_range(batch.y, where)
-        elif batch.y.shape[-1] != self.outputs:
-            raise StreamError(f"{where}: targets must end in O = {self.outputs}, got {list(batch.y.shape)}.")
-        if batch.lengths is not None and not bool(((batch.lengths >= 1) & (batch.lengths <= shape[1])).all()):
-            raise StreamError(f"{where}: lengths must lie in 1..{shape[1]}, got {batch.lengths.tolist()}.")
-
-    def _check_range(self, labels: Tensor, where: str) -> None:
-        if labels.numel() == 0:
-            return
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.outputs:
-            raise StreamError(f"{where}: labels must lie in 0..{self.outputs - 1}, got {low}..{high}.")
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether data are still the same, as plain values: check sums over the contents of all sets."""
+        return {
+            "stream": [self.target, self.outputs, self.features, self.vocabulary, "".join(self.symbols)],
+            "sets": [[name, seen.examples, seen.digest] for name, seen in self.contents],
+        }

@@ -48,7 +48,7 @@ def _union(parts: Sequence[Data]) -> Data:
     first = parts[0]
     if isinstance(first, TensorData) and all(_same_tensors(first, p) for p in parts):
         rows = torch.cat([p.rows for p in parts if isinstance(p, TensorData)])
-        return TensorData(first.x, first.y, rows, first.transform, first.task, first.mask)
+        return TensorData(first.x, first.y, rows, first.transform, first.task, first.mask, first.lengths)
     return UnionData(parts)
 
 
@@ -59,6 +59,7 @@ def _same_tensors(a: TensorData, b: Data) -> bool:
         and a.x is b.x
         and a.y is b.y
         and a.mask is b.mask
+        and a.lengths is b.lengths
         and a.transform is b.transform
         and a.task == b.task
     )

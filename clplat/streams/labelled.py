@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from clplat import checks
 from clplat.streams.data import TensorData, Transform
+from clplat.streams.dtypes import is_integer
 from clplat.streams.experience import Experience, Scenario, Stream, StreamError
+from clplat.streams.layout import Layout as Layout
+from clplat.streams.layout import lay_out as lay_out
 from clplat.streams.loader import stable_seed
-
-Layout = Literal["pixels", "rows", "steps"]
-"""How an example is given to the learner: one vector, one row a time step, or one pixel a time step."""
+from clplat.streams.padding import checked_lengths, need_tensors
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,18 @@ class Labelled:
 
     Attributes:
         name: for the names of streams.
-        train_x: [N, H, W] images, [N, T, D] sequences or [N, D] vectors, floats.
-        train_y: [N] int64 classes.
+        train_x: [N, H, W] images, [N, T, D] sequences or [N, D] vectors, floats of any precision.
+        train_y: [N] classes, integers of any kind.
         test_x: as train_x.
         test_y: as train_y.
         classes: C; labels lie in 0..C-1.
         train_domain: [N] int64, the domain (speaker, writer, site) of each training example, where there is one.
         test_domain: as train_domain.
+        train_lengths: [N] time steps of each training sequence that are real, where they are padded to one length T.
+        test_lengths: as train_lengths; give both or none.
 
     Raises:
-        StreamError: sizes that do not fit each other, or labels outside 0..C-1.
+        StreamError: sizes or number formats that do not fit each other, labels outside 0..C-1, lengths outside 1..T.
     """
 
     name: str
@@ -47,8 +49,13 @@ class Labelled:
     classes: int
     train_domain: Tensor | None = None
     test_domain: Tensor | None = None
+    train_lengths: Tensor | None = None
+    test_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._plain()
+        if (self.train_lengths is None) != (self.test_lengths is None):
+            raise StreamError(f"{self.name}: give train_lengths and test_lengths, or neither; got one of them.")
         parts = (
             ("train", self.train_x, self.train_y, self.train_domain),
             ("test", self.test_x, self.test_y, self.test_domain),
@@ -58,14 +65,18 @@ class Labelled:
             if len(x) == 0:
                 raise StreamError(f"{where}: it is empty, it needs at least one example.")
             if x.ndim not in (2, 3) or not x.is_floating_point():
+                cure = f": give x.float(){' / 255' if x.dtype == torch.uint8 else ''}" if is_integer(x) else ""
                 raise StreamError(
-                    f"{where}: inputs must be floats [N, H, W], [N, T, D] or [N, D], got {x.dtype} {list(x.shape)}."
+                    f"{where}: inputs must be floats [N, H, W], [N, T, D] or [N, D], got {x.dtype} {list(x.shape)}{cure}."
                 )
             if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-                raise StreamError(f"{where}: labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}.")
+                cure = "" if is_integer(y) else ": give y.long()"
+                raise StreamError(f"{where}: labels must be int64 [{len(x)}], got {y.dtype} {list(y.shape)}{cure}.")
             if int(y.min()) < 0 or int(y.max()) >= self.classes:
+                row = int(((y < 0) | (y >= self.classes)).nonzero()[0])
                 raise StreamError(
-                    f"{where}: labels must lie in 0..{self.classes - 1}, got {int(y.min())}..{int(y.max())}."
+                    f"{where}: labels must lie in 0..{self.classes - 1}, got {int(y.min())}..{int(y.max())}, first in "
+                    f"row {row}."
                 )
             if domain is not None and domain.shape != y.shape:
                 raise StreamError(f"{where}: domains must be [{len(x)}], got {list(domain.shape)}.")
@@ -76,33 +87,58 @@ class Labelled:
             )
 
     def laid_out(self, layout: Layout) -> Labelled:
-        """The same data set in another layout (see `lay_out`)."""
-        return replace(self, train_x=lay_out(self.train_x, layout), test_x=lay_out(self.test_x, layout))
+        """The same data set in another layout (see `lay_out`); lengths follow it.
 
-
-def lay_out(x: Tensor, layout: Layout) -> Tensor:
-    """Examples as vectors or as sequences; pixels keep their order, row by row.
-
-    Args:
-        x: [N, H, W], [N, channels, H, W], [N, T, D] or [N, D].
-        layout: "pixels" gives [N, all values]; "rows" gives [N, H, W] (channels side by side: [N, H, channels * W]);
-            "steps" gives [N, H * W, 1] ([N, H * W, channels]), one pixel a time step.
-
-    Raises:
-        StreamError: inputs of another shape, or rows of vectors, which have none.
-    """
-    checks.one_of("layout", layout, get_args(Layout))
-    if x.ndim not in (2, 3, 4):
-        raise StreamError(f"layout: inputs must be [N, D], [N, T, D] or [N, channels, H, W], got {list(x.shape)}.")
-    if layout == "pixels":
-        return x.flatten(1)
-    if layout == "steps":
-        return x.flatten(2).transpose(1, 2).contiguous() if x.ndim == 4 else x.flatten(1).unsqueeze(-1)
-    if x.ndim == 2:
-        raise ValueError(
-            f"layout: got 'rows', and vectors {list(x.shape)} have none; use layout=pixels or layout=steps."
+        Raises:
+            ValueError: sequences of different lengths as vectors.
+        """
+        train, test = self.train_lengths, self.test_lengths
+        if train is not None and test is not None:
+            if layout == "pixels":
+                raise ValueError(
+                    f"layout: got 'pixels', one vector an example, and the sequences of {self.name} have lengths of "
+                    "their own; use layout=rows or layout=steps."
+                )
+            if layout == "steps" and self.train_x.ndim == 3:
+                train, test = train * self.train_x.shape[2], test * self.test_x.shape[2]
+        return replace(
+            self,
+            train_x=lay_out(self.train_x, layout),
+            test_x=lay_out(self.test_x, layout),
+            train_lengths=train,
+            test_lengths=test,
         )
-    return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
+
+    def need_one_length(self, change: str) -> None:
+        """Refuse sequences of different lengths.
+
+        Raises:
+            StreamError: names what would mix padding into them.
+        """
+        if self.train_lengths is not None:
+            raise StreamError(
+                f"{self.name}: its sequences have lengths of their own, and {change} would move padding among their "
+                "steps: use a stream that leaves inputs as they are (split, domain), or a source without lengths."
+            )
+
+    def _plain(self) -> None:
+        """Take labels and lengths of any integers."""
+        for part in ("train", "test"):
+            x, y, lengths = (getattr(self, f"{part}_{field}") for field in ("x", "y", "lengths"))
+            need_tensors(**{f"{self.name}: {part}_x": x, f"{self.name}: {part}_y": y})
+            if is_integer(y):
+                object.__setattr__(self, f"{part}_y", y.long())
+            domain = getattr(self, f"{part}_domain")
+            if domain is not None:
+                need_tensors(**{f"{self.name}: {part}_domain": domain})
+                if not is_integer(domain):
+                    raise StreamError(f"{self.name}, {part} set: domains must be whole numbers, got {domain.dtype}.")
+                object.__setattr__(self, f"{part}_domain", domain.long())
+            if lengths is not None:
+                try:
+                    object.__setattr__(self, f"{part}_lengths", checked_lengths(lengths, x))
+                except StreamError as error:
+                    raise StreamError(f"{self.name}, {part} set, {error}") from error
 
 
 def hold_out(labels: Tensor, valid_fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -162,14 +198,14 @@ def make_experience(
         if rows is not None and len(rows) == 0:
             advice = "; lower or drop valid_fraction" if part == "valid" else ""
             raise StreamError(f"Experience {index} ({name}) would have an empty {part} set{advice}.")
-    x, y = source.train_x, source.train_y
+    x, y, lengths = source.train_x, source.train_y, source.train_lengths
     return Experience(
         index=index,
         name=name,
         classes=tuple(y[train].unique().tolist()),
-        train=TensorData(x, y, train, transform, task_label),
-        test=TensorData(source.test_x, source.test_y, test, transform, task_label),
-        valid=None if valid is None else TensorData(x, y, valid, transform, task_label),
+        train=TensorData(x, y, train, transform, task_label, lengths=lengths),
+        test=TensorData(source.test_x, source.test_y, test, transform, task_label, lengths=source.test_lengths),
+        valid=None if valid is None else TensorData(x, y, valid, transform, task_label, lengths=lengths),
         task_label=task_label,
     )
 
@@ -177,6 +213,7 @@ def make_experience(
 def make_stream(name: str, experiences: Sequence[Experience], scenario: Scenario, source: Labelled) -> Stream:
     """A stream of experiences of one data set, which is in the layout of the stream."""
     sequences = source.train_x.ndim == 3
+    length = None if source.train_lengths is not None else source.train_x.shape[1] if sequences else 0
     return Stream(
         name=name,
         experiences=tuple(experiences),
@@ -184,5 +221,5 @@ def make_stream(name: str, experiences: Sequence[Experience], scenario: Scenario
         target="class",
         outputs=source.classes,
         features=source.train_x.shape[-1],
-        length=source.train_x.shape[1] if sequences else 0,
+        length=length,
     )

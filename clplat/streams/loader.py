@@ -5,21 +5,23 @@ One chunk is one call of Lightning's training step, so that its cost a call is p
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from clplat.streams.experience import Batch, Data
+from clplat.streams.batch import Batch
 from clplat.streams.order import Order
+from clplat.streams.reading import BadValues, finite_only, seeded_each
+from clplat.streams.seeds import stable_seed as stable_seed
 
+if TYPE_CHECKING:
+    from clplat.streams.experience import Data
 
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any printable values, the same in every process and on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+Read = Callable[[Iterable[Tensor], Iterable[int]], Iterator[Batch]]
+"""Reads one batch for each entry of indices [B], under the seed that stands at its place."""
 
 
 class ChunkLoader:
@@ -29,18 +31,20 @@ class ChunkLoader:
     use up each chunk before asking for the next one.
 
     The data are passed over as often as needed, in a new order each pass; a pass ends with a short batch. Nothing
-    here draws from a global random generator, so a run that starts at step `order.start` sees what an uninterrupted
-    run sees from there on.
+    here draws from a global random generator, and what a transform draws follows from (seed, experience, step): a run
+    that starts at step `order.start` sees what an uninterrupted run sees from there on.
 
     Args:
         data: the training set of the experience.
         order: which batches.
+        read: reads them; None: `data.batches`, each batch under its seed.
     """
 
     nominal: int | None = None
 
-    def __init__(self, data: Data, order: Order) -> None:
+    def __init__(self, data: Data, order: Order, read: Read | None = None) -> None:
         self.data, self.order, self.steps = data, order, order.steps
+        self.read: Read = read or (lambda indices, seeds: map(finite_only, seeded_each(data.batches(indices), seeds)))
         self.ends = order.ends()
 
     def __len__(self) -> int:
@@ -55,7 +59,12 @@ class ChunkLoader:
             at = end
 
     def _batches(self) -> Iterator[Batch]:
-        return self.data.batches(self._indices())
+        order = self.order
+        seeds = (stable_seed(order.seed, "reading", order.experience, step) for step in range(order.start, order.steps))
+        try:
+            yield from self.read(self._indices(), seeds)
+        except BadValues as error:
+            raise BadValues(f"experience {order.experience}, train set, {error}") from error
 
     def _indices(self) -> Iterator[Tensor]:
         order, examples = self.order, len(self.data)

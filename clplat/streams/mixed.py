@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clplat.streams.data import Examples
+from clplat.streams.examples import Examples, draws
 from clplat.streams.experience import Batch, Data, StreamError
 from clplat.streams.union import gather
 
@@ -39,6 +39,7 @@ class MixedData(Examples):
         self.parts = list(parts)
         self.rows = [torch.arange(len(p)) if r is None else r for p, r in zip(parts, rows, strict=True)]
         self.ends = torch.tensor([len(r) for r in self.rows]).cumsum(0)
+        self.draws = any(map(draws, self.parts))
 
     def __len__(self) -> int:
         return int(self.ends[-1])

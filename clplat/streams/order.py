@@ -35,9 +35,19 @@ class Order:
     vary: bool = False
 
     def ends(self) -> list[int]:
-        """The step numbers, counted within the experience, after which a chunk ends."""
-        ends, last = [], self.start
-        for step in range(self.start + 1, self.steps + 1):
+        """The step numbers, counted within the experience, after which a chunk ends, from `start` on.
+
+        They do not depend on `start`: what is left of a chunk that a run stopped in is a chunk.
+        """
+        return [end for end in self._ends() if end > self.start]
+
+    def begun(self) -> int:
+        """The number of steps before `start` that are of the chunk that `start` lies in."""
+        return self.start - max((end for end in self._ends() if end <= self.start), default=0)
+
+    def _ends(self) -> list[int]:
+        ends, last = [], 0
+        for step in range(1, self.steps + 1):
             due = any(every and (self.offset + step) % every == 0 for every in self.cuts)
             if step == self.steps or step - last == self.chunk or due:
                 ends.append(step)

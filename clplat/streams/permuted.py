@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from clplat import checks
+from clplat.streams.examples import FixedTransform
 from clplat.streams.experience import Stream
 from clplat.streams.labelled import Labelled, Layout, hold_out, make_experience, make_stream, scenario_of
 from clplat.streams.loader import stable_seed
 
 
 @dataclass(frozen=True)
-class Permutation:
+class Permutation(FixedTransform):
     """Reorders the values of each example: [B, ...] -> [B, ...].
 
     Attributes:
@@ -30,6 +31,9 @@ class Permutation:
     def __call__(self, x: Tensor) -> Tensor:
         """The batch x with each example's values reordered."""
         return x.flatten(1).index_select(1, self.index).view_as(x)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.index,)
 
 
 def permuted(
@@ -59,9 +63,11 @@ def permuted(
 
     Raises:
         ValueError: steps or rows of inputs that have none.
+        StreamError: a source whose sequences have lengths of their own.
     """
     checks.at_least(1, experiences=experiences)
     checks.one_of("permute", permute, ("pixels", "rows", "steps"))
+    source.need_one_length("a permutation")
     laid = source.laid_out(layout)
     values = laid.train_x[0].numel()
     blocks = _blocks(source, laid, permute)

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from clplat import checks
 from clplat.streams.batch import UNSCORED, Batch, StreamError
-from clplat.streams.data import Examples
-from clplat.streams.experience import Chunks, Stream
+from clplat.streams.dtypes import plain_inputs, plain_targets
+from clplat.streams.examples import Examples, Stored
 from clplat.streams.loader import ChunkLoader, stable_seed
 from clplat.streams.order import Order
+
+if TYPE_CHECKING:
+    from clplat.streams.experience import Chunks, Stream
 
 FULL = 0.95
 """Probability that a segment of random length is drawn around T, else around T / 2 (p of Merity et al. 2018)."""
@@ -54,6 +58,8 @@ class SegmentData(Examples):
         StreamError: sizes that do not fit each other, or fewer steps than rows.
     """
 
+    draws = False
+
     def __init__(self, x: Tensor, y: Tensor, start: Tensor, rows: int, steps: int, task: int | None = None) -> None:
         if len(x) != len(y) or start.shape != x.shape[:1] or start.dtype != torch.bool:
             raise StreamError(
@@ -69,6 +75,7 @@ class SegmentData(Examples):
         self.rows, self.steps, self.task = rows, steps, task
         self.length = len(x) // rows
         kept = rows * self.length
+        self.left_out = x[kept:], y[kept:]  # never read, and part of what the data are
         self.x, self.y, self.start = (t[:kept].unflatten(0, (rows, self.length)) for t in (x, y, start))
         self.segments = -(-self.length // steps)
 
@@ -81,6 +88,7 @@ class SegmentData(Examples):
         valid = column < self.length
         column = column.clamp_max(self.length - 1)
         x, y, reset = (t[row[:, None], column] for t in (self.x, self.y, self.start))
+        x, y = plain_inputs(x), plain_targets(y)
         x = x.masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 2)), 0)
         if y.is_floating_point():
             y, mask = y.masked_fill(~valid.view(*valid.shape, *[1] * (y.ndim - 2)), 0), valid
@@ -107,13 +115,17 @@ class SegmentData(Examples):
             if begin == 0:
                 reset = torch.cat([torch.ones_like(reset[:, :1]), reset[:, 1:]], 1)
             yield Batch(
-                x=self.x[:, begin:end],
-                y=self.y[:, begin:end],
+                x=plain_inputs(self.x[:, begin:end]),
+                y=plain_targets(self.y[:, begin:end]),
                 task=self._task(self.rows),
                 index=index,
                 reset=_unless_none(reset),
             )
             begin = end
+
+    def stored(self) -> Stored:
+        """All steps, their targets, and where documents start; those left out too, to tell whether a text changed."""
+        return Stored(self.x, self.y, (self.start, *self.left_out))
 
     def training(self, order: Order) -> Chunks:
         if not order.carries:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from clplat import checks
-from clplat.streams.data import Examples
-from clplat.streams.experience import Batch
+from clplat.streams.batch import Batch
+from clplat.streams.examples import Examples
 from clplat.streams.loader import stable_seed
 
 _CHUNK = 4096
@@ -95,6 +95,8 @@ class GeneratedData(Examples):
         key: seed of the set (see `set_key`): the same key gives the same examples.
         task: the task label of every example, None where the learner is not told.
     """
+
+    draws = False
 
     def __init__(self, generate: Generate, size: int, key: int, task: int | None = None) -> None:
         checks.at_least(1, size=size)

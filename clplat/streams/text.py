@@ -10,9 +10,9 @@ Letters: N steps, V tokens, R regimes, K experiences.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,9 +23,13 @@ from clplat.streams.experience import Experience, Stream, StreamError
 from clplat.streams.labelled import scenario_of
 from clplat.streams.markov import markov_seed, markov_source
 from clplat.streams.segments import SegmentData
+from clplat.streams.text_files import Form, documents_of
 
 TOY = "abcdefgh .,"
 """The letters of the text that stands in where no file is given."""
+
+
+log = logging.getLogger(__name__)
 
 
 def text(
@@ -38,30 +42,40 @@ def text(
     valid_fraction: float = 0.0,
     test_fraction: float = 0.1,
     task_incremental: bool = False,
+    normalize: Form | Sequence[Form] | None = None,
 ) -> Stream:
     """A stream of files: one author, book or domain an experience.
 
     Args:
         files: for each experience, by name and in order, a UTF-8 file or several. None: a generated text of three
-            domains stands in, which needs no file.
+            domains stands in, which needs no file; a warning says so.
         separator: what stands between the documents of a file ("\\n\\n", say; it is left out); None: a file is one
             document. Empty documents are left out. A shell makes line breaks by $'stream.separator="\\n\\n"'.
-        unit: see `text_of`, as are all others.
+        unit: see `text_of`, as are all to `task_incremental`.
+        normalize: what is changed in files before they are cut, one or several in order: "newlines" makes CR LF and CR
+            one LF, "NFC" and "NFKC" are Unicode's forms, "casefold" makes letters small. None: nothing at all, files
+            are read as they are.
 
     Raises:
-        ValueError: files that are no mapping of names to paths.
+        ValueError: files that are no mapping of names to paths; a separator or a form that changes nothing in them.
         StreamError: one that cannot be read, or with too little text.
     """
     if separator == "":
         raise ValueError("separator: got an empty one: give the characters between documents, or null for none.")
-    domains: Mapping[str, Sequence[str]] = toy_text()
-    if files is not None:
-        if not isinstance(files, Mapping) or not all(map(_paths, files.values())):
-            raise ValueError(
-                f"files: got {files}, it must map each name to a path or a list of paths: set "
-                "stream.files={name: path, ...}."
-            )
-        domains = {name: _documents([f] if isinstance(f, str) else f, separator) for name, f in files.items()}
+    if files is None:
+        for name, value in (("separator", separator), ("normalize", normalize)):
+            if value:
+                raise ValueError(
+                    f"{name}: got {value!r} and no files, to which it has nothing to say: give files, or null."
+                )
+        log.warning(
+            "stream.files: none are given, so a generated toy text of %d letters stands in; stream.files={name: path, "
+            "other: path} trains on yours.",
+            len(TOY),
+        )
+        domains: Mapping[str, Sequence[str]] = toy_text()
+    else:
+        domains = documents_of(files, separator, normalize)
     return text_of(domains, unit, bptt, rows, test_rows, valid_fraction, test_fraction, task_incremental)
 
 
@@ -123,7 +137,8 @@ def text_of(
         except StreamError as error:
             raise StreamError(f"text, experience {index} ({domain}): {error}") from error
         parts.append(Experience(index, domain, (), train, test, valid, task))
-    return token_stream(name, parts, len(vocabulary), task_incremental)
+    symbols = tuple(map(chr, vocabulary.tolist())) if unit == "characters" else ()
+    return token_stream(name, parts, len(vocabulary), task_incremental, symbols)
 
 
 def toy_text() -> dict[str, list[str]]:
@@ -134,24 +149,6 @@ def toy_text() -> dict[str, list[str]]:
         documents = source.sample(40, 200, torch.Generator().manual_seed(index))
         domains[name] = ["".join(TOY[c] for c in d) for d in documents.tolist()]
     return domains
-
-
-def _paths(value: object) -> bool:
-    """Whether it is a path or a list of them."""
-    several = isinstance(value, Sequence) and all(isinstance(one, str) for one in value)
-    return isinstance(value, str) or several
-
-
-def _documents(files: Sequence[str], separator: str | None) -> list[str]:
-    documents: list[str] = []
-    for file in files:
-        try:
-            content = Path(file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise StreamError(f"files: cannot read {file} ({reason}): give paths of UTF-8 text files.") from error
-        documents += [content] if separator is None else content.split(separator)
-    return documents
 
 
 def _codes(document: str, unit: str) -> Tensor:
@@ -170,7 +167,9 @@ def steps_of(documents: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor, T
     return torch.where(first, start, y.roll(1)), y, first
 
 
-def token_stream(name: str, parts: Sequence[Experience], tokens: int, task_incremental: bool) -> Stream:
+def token_stream(
+    name: str, parts: Sequence[Experience], tokens: int, task_incremental: bool, symbols: tuple[str, ...] = ()
+) -> Stream:
     return Stream(
         name=name,
         experiences=tuple(parts),
@@ -179,4 +178,5 @@ def token_stream(name: str, parts: Sequence[Experience], tokens: int, task_incre
         outputs=tokens,
         vocabulary=tokens + 1,  # the start of a document is read, and never to be predicted
         per_step=True,
+        symbols=symbols,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import concatenate
-from clplat.streams.data import Examples
+from clplat.streams.examples import Examples, draws
 from clplat.streams.experience import Batch, Data
 
 
@@ -26,6 +26,7 @@ class UnionData(Examples):
     def __init__(self, parts: Sequence[Data]) -> None:
         self.parts = list(parts)
         self.ends = torch.tensor([len(p) for p in self.parts]).cumsum(0)
+        self.draws = any(map(draws, self.parts))
 
     def __len__(self) -> int:
         return int(self.ends[-1])

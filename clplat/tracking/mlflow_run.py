@@ -96,7 +96,7 @@ class MlflowRun:
     def _do(self, job: dict[str, Any]) -> None:
         kind, client = job["kind"], self.client
         if kind == "artifact":
-            self._upload(self.folder / job["path"], job["to"])
+            self._upload(inside(self.folder, job["path"]), job["to"])
         elif kind == "tag":
             client.set_tag(self.run_id, job["key"][: limits.KEY], job["value"][: limits.TAG])
         elif kind == "params":
@@ -151,6 +151,29 @@ def _refused(job: Mapping[str, Any], error: Exception) -> bool:
     return False
 
 
+def inside(folder: Path, path: str) -> Path:
+    """The file or folder of an artifact, which must lie in the run's folder with all that it holds.
+
+    Raises:
+        TrackingError: some of it lies elsewhere, by its name or by a link.
+    """
+    root, whole = folder.resolve(), (folder / path).resolve()
+    for file in [whole, *(whole.rglob("*") if whole.is_dir() else ())]:
+        if not file.resolve().is_relative_to(root):
+            raise TrackingError(f"{folder / SPILL} names {path!r}, which leads out of the run's folder: not sent.")
+    return whole
+
+
+def _judge(spill: Path, lines: list[dict[str, Any]]) -> None:
+    """Refuse a spill file that sends what is not the run's, or to another place than the one it was logged to."""
+    others = {str(line["uri"]) for line in lines} - {str(lines[0]["uri"])}
+    if others:
+        raise TrackingError(f"{spill} names several stores ({lines[0]['uri']}, {others.pop()}): nothing was sent.")
+    for line in lines:
+        if line.get("kind") == "artifact":
+            inside(spill.parent, line["path"])
+
+
 def sync(folder: str | Path, uri: str | None = None) -> int:
     """Send what earlier runs in `folder` could not send. Values that had arrived after all are not logged twice.
 
@@ -180,6 +203,7 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
 
 
 def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
+    _judge(spill, lines)
     store = absolute_uri(uri or lines[0]["uri"])
     database = database_path(store)
     if database is not None and not database.exists():

@@ -15,7 +15,7 @@ import urllib.request
 
 from clplat.tracking.base import TrackingError
 from clplat.tracking.sqlite import relocate
-from clplat.tracking.store import check_server, database_path, default_uri
+from clplat.tracking.store import check_server, database_path, default_uri, without_password
 from clplat.tracking.view import VIEW_TAG, charts_url
 
 PORT = 5000
@@ -38,7 +38,7 @@ def ui(uri: str | None = None, port: int = PORT) -> int:
     Raises:
         TrackingError: the store is missing or down, the port is taken, or the server ended while starting.
     """
-    uri = uri or default_uri()
+    uri = without_password(uri) if uri else default_uri()
     if uri.startswith(("http://", "https://")):
         check_server(uri)
         _print_links(uri)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,31 @@ DATABASE = "mlruns.db"
 
 def default_uri(folder: Path | None = None) -> str:
     """The store to use when none is given: $MLFLOW_TRACKING_URI, else `mlruns.db` in `folder` (None: working directory)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder or Path.cwd()).resolve() / DATABASE}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return without_password(given)
+    return f"sqlite:///{(folder or Path.cwd()).resolve() / DATABASE}"
+
+
+def without_password(uri: str) -> str:
+    """The address itself, which must hold no password: it is printed, and stored with every run.
+
+    Raises:
+        TrackingError: it holds one; the message does not.
+    """
+    parts = urllib.parse.urlsplit(uri) if "://" in uri else None
+    if parts is None:
+        return uri
+    user = parts.netloc.rpartition("@")[0]
+    web = parts.scheme in ("http", "https")
+    secret = re.search(r"(?i)(pass|pwd|secret|token|odbc_connect|key)\w*=", f"{parts.query}&{parts.fragment}")
+    if (user if web else ":" in user) or secret:
+        shown = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise TrackingError(
+            f"tracking.uri: {shown} holds a password, and addresses are printed and stored: give it without, and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (a server), or PGPASSWORD or ~/.pgpass (PostgreSQL)."
+        )
+    return uri
 
 
 def database_path(uri: str) -> Path | None:
@@ -30,7 +56,7 @@ def database_path(uri: str) -> Path | None:
 
 def absolute_uri(uri: str) -> str:
     """The same address with an absolute path, where it is that of an SQLite file."""
-    database = database_path(uri)
+    database = database_path(without_password(uri))
     return uri if database is None else f"sqlite:///{database}"
 
 

@@ -15,17 +15,17 @@ from clplat.learners.mixers.mixer import Mixer
 
 @dataclass(frozen=True)
 class Learns:
-    """What a learner of `conf/learner` must exceed on selective copy (T 64, chance 1/6), see `test_learning.py`.
+    """What a learner of `conf/learner` must exceed on selective copy (T 24, chance 1/6), see `test_learning.py`.
 
     Attributes:
-        copy: accuracy after `steps`, at a learning rate of 0.006 for 250 steps and of 0.003 for more.
+        copy: accuracy after `steps`, at a learning rate of 0.006 for 150 steps and of 0.003 for more.
         steps: optimiser steps.
         options: overrides for this task.
         digits: accuracy on the digits after 300 steps without these overrides; None where there are none.
     """
 
     copy: float
-    steps: int = 250
+    steps: int = 150
     options: tuple[str, ...] = ()
     digits: float | None = None
 

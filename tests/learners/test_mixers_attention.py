@@ -25,7 +25,7 @@ LAWS: dict[str, Callable[[int, int], Mixer]] = {
     "local_attention_wide": partial(LocalAttention, window=16, key_heads=2),
 }
 AHEAD: dict[str, Callable[[int, int], Mixer]] = {"attention_both_ways": partial(Attention, causal=False)}
-LEARNS = {"transformer": Learns(0.35), "local_attention": Learns(0.35)}
+LEARNS = {"transformer": Learns(0.40), "local_attention": Learns(0.40)}
 
 
 def inputs(steps: int, seed: int = 1, width: int = D) -> Tensor:

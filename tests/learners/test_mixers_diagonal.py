@@ -54,15 +54,15 @@ LAWS: dict[str, Callable[[int, int], Mixer]] = {
 }
 AHEAD: dict[str, Callable[[int, int], Mixer]] = {"bidirectional": partial(Bidirectional, mixer=LSTM)}
 LEARNS = {
-    "bidirectional": Learns(0.85, 600),
-    "gate_loop": Learns(0.25, 600),
-    "griffin": Learns(0.40),
+    "bidirectional": Learns(0.80, 360),
+    "gate_loop": Learns(0.50, 360),
+    "griffin": Learns(0.85),
     "hawk": Learns(0.50),
-    "hgrn": Learns(0.60),
-    "lru": Learns(0.30, 600),
-    "min_gru": Learns(0.50, 600),
-    "min_lstm": Learns(0.50),
-    "s4d": Learns(0.45),
+    "hgrn": Learns(0.55),
+    "lru": Learns(0.45, 360),
+    "min_gru": Learns(0.45, 360),
+    "min_lstm": Learns(0.45),
+    "s4d": Learns(0.50),
 }
 
 

@@ -43,15 +43,15 @@ LAWS: dict[str, Callable[[int, int], Mixer]] = {
     "titans": Titans,
 }
 LEARNS = {
-    "deltanet": Learns(0.90),
-    "gated_deltanet": Learns(0.85),
-    "gla": Learns(0.40),
-    "hgrn2": Learns(0.35),
+    "deltanet": Learns(0.80),
+    "gated_deltanet": Learns(0.80),
+    "gla": Learns(0.45),
+    "hgrn2": Learns(0.40),
     "lightnet": Learns(0.35),
-    "mlstm": Learns(0.90),
+    "mlstm": Learns(0.85),
     "retnet": Learns(0.35),
-    "rwkv6": Learns(0.80),
-    "titans": Learns(0.85),
+    "rwkv6": Learns(0.70),
+    "titans": Learns(0.75),
 }
 
 

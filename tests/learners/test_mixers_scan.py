@@ -33,13 +33,13 @@ LAWS: dict[str, Callable[[int, int], Mixer]] = {
     "block_lrnn_plain": partial(BlockLRNN, block=3, norm=1.0, centred=False),
 }
 LEARNS = {
-    "aaren": Learns(0.60, 600),
+    "aaren": Learns(0.60, 360),
     # Blocks of 4 x 4 forget less than those of 8 x 8, and cost less.
     "block_lrnn": Learns(
-        0.45, 800, ("++learner.net.hidden=32", "learner.net.mixer.block=4", "optimizer.lr=0.006"), digits=0.90
+        0.85, 480, ("++learner.net.hidden=32", "learner.net.mixer.block=4", "optimizer.lr=0.006"), digits=0.90
     ),
-    "mamba": Learns(0.75),
-    "rwkv4": Learns(0.75),
+    "mamba": Learns(0.65),
+    "rwkv4": Learns(0.65),
 }
 
 

@@ -42,8 +42,8 @@ B, T, D, H, C, V = 5, 7, 4, 8, 6, 11
 FLOATS, TOKENS = Inputs(features=D, length=T), Inputs(vocabulary=V, length=T)
 LEARNS = {
     "awd_lstm": Learns(
-        0.40,
-        2500,
+        0.70,
+        1500,
         # Either penalty keeps a net of one layer near chance, for it must carry the memory in the outputs that they
         # make small and slow; dropout stays.
         ("learner.net.layers=1", "learner.net.activation=0", "learner.net.temporal_activation=0", "optimizer.lr=0.006"),
@@ -195,7 +195,7 @@ def test_the_mark_of_a_start_keeps_an_embedding_of_its_own_where_weights_are_tie
     net = awd(inputs, lambda h: Head(h, V - 1), mixer=LSTM, hidden=12, embedding=5, layers=1, tied=True).eval()
     table = torch.cat([net.head.linear.weight, net.get_parameter("embedding.0.marks.weight")])
     assert table.shape == (V, 5)
-    assert float(table.abs().max()) <= 0.1
+    assert float(table.detach().abs().max()) <= 0.1
     ids = torch.arange(V)[None]
     torch.testing.assert_close(net.embedding(ids), table[None])
     dropped = DroppedEmbedding(V - 1, 5, 0.9, marks=1)

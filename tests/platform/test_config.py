@@ -47,7 +47,7 @@ GROUPS = {
 
 UNFINISHED = {
     ("strategy", "custom"): ("strategy.custom._target_", "clplat.strategy.Strategy"),
-    ("stream", "avalanche"): ("stream.benchmark._target_", "builtins.object"),
+    ("stream", "avalanche"): ("stream.benchmark._target_", "avalanche.benchmarks.SplitMNIST"),
 }
 """Options that the user has to complete: the key without a value, and one that will do here."""
 

@@ -38,7 +38,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_it_holds_the_same_files_tracked_or_not(folders):
     listings = [sorted(path.name for path in folder.iterdir()) for folder in folders]
     assert listings[0] == listings[1]
-    assert listings[0] == sorted([*report.ORIGIN, *report.OUTCOME, "where.txt", "last.ckpt"])
+    kept = ["last.ckpt", "previous.ckpt", ".lock"]
+    assert listings[0] == sorted([*report.ORIGIN, *report.OUTCOME, report.WHERE, *kept])
 
 
 def test_the_files_say_the_same_tracked_or_not(folders):

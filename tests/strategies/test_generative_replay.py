@@ -56,7 +56,7 @@ def test_tokens_are_drawn_from_their_distribution() -> None:
         found = drawn[:, t].bincount(minlength=4) / 40_000
         assert bool(((found - p[t]).abs() < 4.5 * (p[t] * (1 - p[t]) / 40_000).sqrt()).all())
     x = torch.randint(0, 4, (5, 2))
-    assert float(vae.loss(Batch(x, x), noise(5))) > 0
+    assert float(vae.loss(Batch(x, x), noise(5)).detach()) > 0
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(6, False), (0, False), (6, True)])

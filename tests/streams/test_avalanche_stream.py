@@ -22,7 +22,6 @@ pytest.importorskip("avalanche")
 from avalanche.benchmarks import (  # noqa: E402
     benchmark_from_datasets,
     benchmark_with_validation_stream,
-    nc_benchmark,
     ni_benchmark,
     task_incremental_benchmark,
     tensors_benchmark,
@@ -121,6 +120,9 @@ def test_a_function_gets_the_order_seed_and_no_global_random_state_is_touched(ro
     make = partial(PermutedMNIST, n_experiences=1, dataset_root=root)
     first, again = (from_avalanche(make)[0].test.batch(torch.arange(3)).x for _ in range(2))
     assert torch.equal(first, again)
+    np.random.seed(1)  # a function that takes no seed draws the same again, whatever was drawn before
+    drawn = [from_avalanche(lambda: of_list(list(torch.from_numpy(np.random.rand(2, 2, 2))))) for _ in range(2)]
+    assert drawn[0].fingerprint() == drawn[1].fingerprint()
     fixed = partial(SplitMNIST, n_experiences=5, dataset_root=root, fixed_class_order=list(range(10)))
     assert from_avalanche(fixed)[4].classes == (8, 9)
 
@@ -229,24 +231,81 @@ def test_a_reader_that_is_wrong_is_not_used(root, monkeypatch):
     assert_same(from_avalanche(benchmark)[0].train, benchmark.train_stream[0].dataset, (28, 28))
 
 
-class Pictures(Dataset):
-    """Examples that are no tensors, or of different shapes."""
+class Listed(Dataset):
+    """The examples of a list, with targets as given."""
 
-    def __init__(self, ragged: bool) -> None:
-        self.ragged, self.targets = ragged, [0, 1]
+    def __init__(self, examples: list, targets: list) -> None:
+        self.examples, self.targets = examples, targets
 
     def __len__(self) -> int:
-        return 2
+        return len(self.examples)
 
     def __getitem__(self, index: int):
-        return (torch.zeros(1 + index, 2) if self.ragged else "a picture"), index
+        return self.examples[index], self.targets[index]
 
 
-@pytest.mark.parametrize(("ragged", "message"), [(True, "must have one shape"), (False, "must be tensors, got str")])
-def test_examples_that_are_no_tensors_of_one_shape_are_refused(ragged, message):
-    benchmark = nc_benchmark(Pictures(ragged), Pictures(ragged), n_experiences=1, task_labels=False)
+def of_list(examples: list, targets: list | None = None):
+    data = as_classification_dataset(Listed(examples, targets or [0, 1]))  # type: ignore[arg-type]  # which has targets
+    return benchmark_from_datasets(train=[data], test=[data])
+
+
+@pytest.mark.parametrize(
+    ("examples", "targets", "message"),
+    [
+        (
+            [torch.zeros(1, 2), torch.zeros(1, 3)],
+            None,
+            r"must have one shape, or differ in their number of steps T alone",
+        ),
+        ([torch.zeros(2), torch.zeros(3)], None, r"must have one shape"),
+        (["a picture", "another"], None, "must be tensors, got str"),
+        ([torch.zeros(2, 2)] * 2, ["cat", "dog"], r"row 0: targets must be whole numbers, got 'cat' \(str\)"),
+        ([torch.zeros(2, 2)] * 2, [0, 1.5], r"row 1: targets must be whole numbers, got 1\.5"),
+    ],
+)
+def test_examples_and_targets_that_cannot_be_read_are_refused(examples, targets, message):
     with pytest.raises(StreamError, match=message):
-        from_avalanche(benchmark)
+        from_avalanche(of_list(examples, targets))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_sequences_of_different_lengths_keep_their_lengths(cache):
+    examples = [torch.rand(n, 2) for n in (3, 5, 1)]
+    stream = from_avalanche(of_list(examples, [0, 1, 1]), cache=cache)
+    stream.check()
+    assert stream.length is None
+    batch = stream[0].train.batch(torch.arange(3))
+    assert batch.lengths is not None
+    assert batch.lengths.tolist() == [3, 5, 1]
+    assert torch.equal(batch.x[0, :3], examples[0])
+    tokens = from_avalanche(of_list([torch.tensor([1, 2]), torch.tensor([3])]), vocabulary=4, cache=cache)
+    tokens.check()
+    assert tokens[0].train.batch(torch.arange(2)).x.tolist() == [[1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32, torch.bool])
+def test_number_formats_are_plain_or_refused_by_name(cache, dtype):
+    x, y = tensors()
+    x = (x % 3).to(dtype)
+    stream = from_avalanche(tensors_benchmark([(x, y)], [(x, y)], task_labels=[0]), cache=cache)
+    if dtype.is_floating_point:
+        stream.check()
+        assert torch.equal(stream[0].train.batch(torch.arange(30)).x, x.float())
+    else:
+        with pytest.raises(StreamError, match=rf"train set: inputs must be floats .*got {dtype} .*: give x\.float\(\)"):
+            stream.check()
+    targets = [n.to(torch.uint8) for n in y]
+    assert from_avalanche(of_list(list(x.float()), targets))[0].train.targets().tolist() == y.tolist()  # type: ignore[union-attr]  # classes
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_value_that_is_not_finite_is_named_by_its_row(cache):
+    x, y = tensors()
+    x[17, 0, 0] = float("nan")
+    stream = from_avalanche(tensors_benchmark([(tensors()[0], y)], [(x, y)], task_labels=[0]), cache=cache)
+    with pytest.raises(StreamError, match="test set, row 17: inputs must be finite, got nan"):
+        stream.check()
 
 
 def test_a_benchmark_that_cannot_be_made_is_one_clear_error(tmp_path):

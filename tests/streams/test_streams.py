@@ -332,6 +332,17 @@ def test_domain_cuts_by_the_column_and_keeps_all_classes():
         assert e.classes == (0, 1, 2, 3)
 
 
+def test_domains_of_small_integers_do_not_overflow():
+    toy = source()
+    speaker, tested = torch.arange(80) // 4 % 3 + 100, torch.arange(20) // 4 % 3 + 100
+    small, large = (
+        domain(toy, s.to(dtype), t.to(dtype), valid_fraction=0.2)
+        for dtype, s, t in ((torch.uint8, speaker, tested), (torch.int64, speaker, tested))
+    )
+    for a, b in zip(small, large, strict=True):
+        assert ids(a.valid) == ids(b.valid)
+
+
 def test_domain_refuses():
     toy = source()
     with pytest.raises(StreamError, match="no column of domains"):
@@ -506,7 +517,10 @@ def checked(train: Data, **changes) -> Stream:
         (TensorData(torch.zeros(0, 2), torch.zeros(0).long()), r"experience 0 \(only\), train set: it is empty"),
         (TensorData(torch.zeros(4, 3), torch.zeros(4).long()), r"D = 2, got torch.float32 \[4, 3\]"),
         (TensorData(torch.zeros(4, 2).long(), torch.zeros(4).long()), "inputs must be floats"),
-        (TensorData(torch.zeros(40, 2), torch.tensor([0] * 39 + [3])), r"labels must lie in 0..2, got 0..3"),
+        (
+            TensorData(torch.zeros(40, 2), torch.tensor([0] * 39 + [3])),
+            r"train set, row 39: labels must lie in 0..2, got 3",
+        ),
         (TensorData(torch.zeros(4, 2), torch.zeros(4, 1).long()), r"targets must be \[B\] = \[4\], got \[4, 1\]"),
     ],
 )
@@ -519,7 +533,7 @@ def test_check_refuses_a_stream_without_experiences_and_tokens_out_of_range():
     with pytest.raises(StreamError, match="no experience"):
         Stream("none", (), "class_incremental", "class", 2).check()
     tokens = TensorData(torch.full((4, 2), 9), torch.zeros(4).long())
-    with pytest.raises(StreamError, match=r"token ids must lie in 0\.\.8, got 9\.\.9"):
+    with pytest.raises(StreamError, match=r"row 0: token ids must lie in 0\.\.8, got 9"):
         checked(tokens, vocabulary=9, features=None).check()
 
 

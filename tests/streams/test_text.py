@@ -112,6 +112,62 @@ def test_text_refuses(call, message):
         call()
 
 
+def written(folder: Path, **contents: str) -> dict[str, str]:
+    for name, content in contents.items():
+        (folder / name).write_bytes(content.encode())
+    return {name: str(folder / name) for name in contents}
+
+
+def symbols(files: dict[str, str], **options) -> str:
+    return "".join(text(files, rows=1, test_rows=1, **options).symbols)
+
+
+def test_files_are_read_as_they_are(tmp_path: Path):
+    files = written(tmp_path, a="\ufeffone\r\ntwo\rthree\n" * 9, b="e\u0301tait\u00a0\u00c9t\u00e9\ufb01" * 9)
+    assert symbols(files) == "".join(sorted(set("\ufeffone\r\ntwo\rthree\n" + "e\u0301tait\u00a0\u00c9t\u00e9\ufb01")))
+    stream = text(files, rows=1, test_rows=1)
+    train = stream[0].train
+    assert isinstance(train, SegmentData)
+    whole = "".join(stream.symbols[t] for t in train.y.flatten().tolist())
+    assert ("\ufeffone\r\ntwo\rthree\n" * 9).startswith(whole)
+
+
+def test_what_is_normalized_is_a_key(tmp_path: Path):
+    files = written(tmp_path, a="one\r\ntwo\rthree\n" * 9, b="e\u0301t \u00c9t\u00e9\ufb01" * 9)
+    assert "\r" not in symbols(files, normalize="newlines")
+    assert "\u0301" not in symbols(files, normalize=["NFC"])
+    assert "\ufb01" in symbols(files, normalize=["NFC"])
+    assert "\ufb01" not in symbols(files, normalize=["newlines", "NFKC"])
+    assert symbols(files, normalize=["casefold"]) == symbols(files, normalize=["casefold"]).casefold()
+    one = text({"a": files["a"]}, rows=1, test_rows=1, normalize=["newlines"], separator="\n", test_fraction=0.3)
+    assert set(one.symbols) == set("onetwothree")
+
+
+def test_options_without_effect_are_refused_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    files = written(tmp_path, a="one,two\r\n\r\n" * 9, b="three;four" * 9)
+    with pytest.raises(
+        ValueError, match=r"separator: got '\|', which occurs in none of the files: give another, or null"
+    ):
+        text(files, separator="|")
+    with pytest.raises(ValueError, match="lines end in CR LF, which normalize=newlines changes"):
+        text(files, separator="\n\n")
+    with pytest.raises(ValueError, match="normalize: got 'NFC', which changes nothing in these files"):
+        text(files, normalize=["newlines", "NFC"])
+    with pytest.raises(ValueError, match="normalize: got 'lower', allowed are 'newlines', 'NFC', 'NFKC', 'casefold'"):
+        text(files, normalize="lower")  # type: ignore[arg-type]  # the point
+    text(files, separator=",", rows=1, test_rows=1)
+    assert "stream.separator: ',' does not occur in b, whose files are one document each" in caplog.text
+    with pytest.raises(ValueError, match=r"separator: got .* and no files"):
+        text(separator="\n")
+    with pytest.raises(ValueError, match=r"normalize: got .* and no files"):
+        text(normalize="newlines")
+
+
+def test_the_toy_is_announced(caplog: pytest.LogCaptureFixture):
+    text()
+    assert "stream.files: none are given, so a generated toy text of 11 letters stands in" in caplog.text
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path):
     (tmp_path / "b").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(StreamError, match="it is not UTF-8"):

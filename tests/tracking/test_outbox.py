@@ -32,6 +32,7 @@ class Flaky:
     def do(self, job):
         self._maybe_fail()
         self.jobs.append(job)
+        return True
 
 
 def test_the_outbox_delivers_through_any_failure(tmp_path, caplog):

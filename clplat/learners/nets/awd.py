@@ -152,7 +152,7 @@ class AWDNet(Net):
         self.activation, self.temporal_activation = activation, temporal_activation
 
     def forward(self, batch: Batch, state: Sequence[State | None] | None = None, reset: Tensor | None = None) -> Output:
-        return self.upper(self.embedding(batch.x), 0, batch, state, reset)
+        return self.upper(self.embed(batch), 0, batch, state, reset)
 
     def upper(
         self,

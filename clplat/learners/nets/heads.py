@@ -6,7 +6,7 @@ seen yet) gets the lowest finite value, so that its probability is 0 and its gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -72,22 +72,41 @@ class TaskHead(Head):
     Args:
         features: H.
         outputs: C, the number of classes of the whole stream.
-        tasks: for each task label the classes that this task can answer with.
+        tasks: the classes that a task can answer with, by task label; a sequence stands for labels 0, 1, ... The rows
+            of the linear layer follow this order, whatever the labels are.
     """
 
     column: Tensor
+    known: Tensor
 
-    def __init__(self, features: int, outputs: int, tasks: list[tuple[int, ...]]) -> None:
-        super().__init__(features, sum(len(classes) for classes in tasks))
-        self.outputs = outputs
-        column, start = torch.full((len(tasks), outputs), -1), 0
-        for task, classes in enumerate(tasks):
-            column[task, list(classes)] = torch.arange(start, start + len(classes))
+    def __init__(
+        self, features: int, outputs: int, tasks: Mapping[int, Sequence[int]] | Sequence[Sequence[int]]
+    ) -> None:
+        by_label = dict(tasks) if isinstance(tasks, Mapping) else dict(enumerate(tasks))
+        super().__init__(features, sum(len(classes) for classes in by_label.values()))
+        self.outputs, self.labels = outputs, tuple(by_label)
+        # One task more, for labels that are not known: it offers nothing.
+        column, start = torch.full((len(by_label) + 1, outputs), -1), 0
+        for place, classes in enumerate(by_label.values()):
+            column[place, list(classes)] = torch.arange(start, start + len(classes))
             start += len(classes)
-        self.register_buffer("column", column, persistent=False)  # [tasks, C] -> row of the linear layer
+        self.register_buffer("column", column, persistent=False)  # [tasks + 1, C] -> row of the linear layer
+        self.register_buffer("known", torch.tensor(self.labels), persistent=False)  # [tasks]
+        self.in_order = self.labels == tuple(range(len(self.labels)))  # a label is its place
+
+    def offered(self, labels: Sequence[int]) -> Tensor:
+        """[J, C] the row of the linear layer for each class of the tasks `labels`, -1 where a task lacks it.
+
+        Raises:
+            ValueError: a label that the head was not made for.
+        """
+        unknown = [label for label in labels if label not in self.labels]
+        if unknown:
+            raise ValueError(f"The head has no outputs for task {unknown[0]}: it was made for {list(self.labels)}.")
+        return self.column[[self.labels.index(label) for label in labels]]
 
     def forward(self, features: Tensor, task: Tensor | None = None) -> Tensor:
-        """Logits in class space; classes of other tasks get the lowest value.
+        """Logits in class space; classes of other tasks get the lowest value, and all do for an unknown label.
 
         Raises:
             ValueError: the batch carries no task labels.
@@ -99,10 +118,28 @@ class TaskHead(Head):
         logits = self.linear(features)
         # One column more, for what is not offered: a gather of it needs no second mask.
         logits = F.pad(logits, [0, 1], value=torch.finfo(logits.dtype).min)
-        column = self.column[task].remainder(logits.shape[-1])  # [B, C]
+        column = self.column[self._places(task)].remainder(logits.shape[-1])  # [B, C]
         if features.ndim == 3:
             column = column[:, None].expand(-1, features.shape[1], -1)
         return logits.gather(-1, column)
+
+    def _places(self, task: Tensor) -> Tensor:
+        """[B] the place of each label among the tasks, their number for one that is not known."""
+        last = len(self.labels)
+        if self.in_order:
+            return task.clamp(-1, last)  # -1 is the last place too
+        match = task[..., None] == self.known  # [B, tasks]
+        return match.long().argmax(-1).where(match.any(-1), last)
+
+
+def classes_by_task(stream: Stream) -> dict[int, tuple[int, ...]]:
+    """Classes of each task label, in the order in which the labels occur; those of all its experiences together."""
+    tasks: dict[int, tuple[int, ...]] = {}
+    for experience in stream:
+        if experience.task_label is not None:
+            more = experience.classes or range(stream.outputs)
+            tasks[experience.task_label] = tuple(sorted({*tasks.get(experience.task_label, ()), *more}))
+    return tasks
 
 
 def head_for(stream: Stream, kind: str = "auto") -> Callable[[int], Head]:
@@ -117,7 +154,7 @@ def head_for(stream: Stream, kind: str = "auto") -> Callable[[int], Head]:
     """
     if kind == "auto":
         kind = "task" if stream.scenario == "task_incremental" else "shared"
-    tasks = [e.classes or tuple(range(stream.outputs)) for e in stream if e.task_label is not None]
+    tasks = classes_by_task(stream)
     if kind == "task" and not tasks:
         raise ValueError(
             f"head: got 'task', which needs a task-incremental stream, and {stream.name!r} is {stream.scenario}: use "

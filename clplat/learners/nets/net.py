@@ -109,11 +109,16 @@ class Net(nn.Module):
         features = self.read(hidden, batch.lengths)
         return Output(self.head(features, batch.task), features, new, self.penalties())
 
+    def embed(self, batch: Batch) -> Tensor:
+        """First hidden sequence; floats come in the precision of the weights, token ids may be integers of any kind."""
+        x = batch.x
+        return self.embedding(x.to(self.head.linear.weight.dtype) if x.is_floating_point() else x.long())
+
     def lower(
         self, batch: Batch, cut: int, state: Sequence[State | None] | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, tuple[State | None, ...]]:
         """Hidden sequence [B, T, H] that enters block `cut` (0..number of blocks), and the states below it."""
-        hidden = self.embedding(batch.x)
+        hidden = self.embed(batch)
         return self._through(hidden, 0, cut, state, batch.reset if reset is None else reset, batch.lengths)
 
     def upper(
