@@ -93,11 +93,13 @@ def test_a_job_that_mlflow_refuses_is_said_and_dropped(tmp_path, store, caplog):
     tracker._job("tag", key="a[b]\x00", value=3)
     tracker._job("nonsense")
     tracker._job("artifact", path="gone.txt", to=None)
+    tracker.log_artifact(tmp_path / "outside.txt")
     tracker.log({"kept": 1.0}, 0)
     assert tracker.close() == 0
     assert "away" not in caplog.text
     assert "Not tracked: artifact gone.txt" in caplog.text
     assert "no such job: nonsense" in caplog.text
+    assert "leads out of the run's folder" in caplog.text
     assert run_of(tracker).data.metrics["kept"] == 1.0
     assert run_of(tracker).info.status == "FINISHED"
 
@@ -135,7 +137,7 @@ def test_of_a_torn_spill_file_the_whole_lines_are_sent(tmp_path, store, caplog):
     about = {"uri": store, "run_id": tracker.run_id}
     whole = json.dumps(about | {"key": "kept", "value": 2.0, "step": 1, "time": 5})
     spill = tmp_path / "run" / SPILL
-    spill.write_text(f"{whole}\n[1]\n{json.dumps(about)}\n\n{whole[:30]}")
+    spill.write_text(f"{whole}\n[1]\n{json.dumps(about | {'kind': 'artifact'})}\n\n{whole[:30]}")
     with caplog.at_level(logging.WARNING):
         assert sync(tmp_path / "run") == 1
     assert run_of(tracker).data.metrics["kept"] == 2.0

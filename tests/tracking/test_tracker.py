@@ -145,7 +145,8 @@ def test_params_of_any_length_and_number(tmp_path, store):
 
 
 def test_inputs_and_the_model_on_request(tmp_path, store):
-    checkpoint = tmp_path / "last.ckpt"
+    (tmp_path / "run").mkdir()
+    checkpoint = tmp_path / "run" / "last.ckpt"
     checkpoint.write_bytes(b"weights")
     for wanted in (False, True):
         tracker = started(tmp_path, store, log_model=wanted)
