@@ -103,6 +103,7 @@ def ui(tmp_path):
         yield experiment_id, host
     finally:
         server.terminate()
+        server.stdout.close()
         assert server.wait(20) == 0
         with pytest.raises(OSError):
             urllib.request.urlopen(host, timeout=2)
