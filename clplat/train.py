@@ -137,6 +137,7 @@ def trained(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] |
     """Run what was opened; see `opened` and `train`."""
     from clplat.build import Parts
     from clplat.loop import Run
+    from clplat.report import folder as report
 
     parts = Parts.build(cfg, folder, _label(cfg, names))
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]  # a mapping with string keys
@@ -148,7 +149,12 @@ def trained(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] |
             _take_up(run, state, folder / resume.file_name(cfg.resume))
         run.begin()
     _begin_folder(folder, OmegaConf.to_yaml(cfg, resolve=True), new=state is None)
-    notes["run_id"] = parts.tracker.start(names, plain, parts.stream, run_id=run_id or None)
+    try:
+        notes["run_id"] = parts.tracker.start(names, plain, parts.stream, run_id=run_id or None)
+    except UserError:
+        if state is None:
+            report.forget(folder)
+        raise
     if names.sweep is None:
         _announce(cfg, names, run, folder)
     try:
@@ -181,8 +187,8 @@ def _begin_folder(folder: Path, config: str, new: bool) -> None:
     try:
         report.begin(folder, config)
     except OSError as error:
-        for name in report.ORIGIN if new else ():
-            (folder / name).unlink(missing_ok=True)
+        if new:
+            report.forget(folder)
         raise ConfigError(
             f"output_dir: cannot write to {folder} ({os.strerror(error.errno or 0)}): make room, or choose another with "
             "output_dir=PATH."

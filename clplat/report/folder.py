@@ -45,6 +45,12 @@ def begin(folder: Path, config: str) -> None:
     _write(folder / "code.json", json.dumps(provenance.code(), indent=1))
 
 
+def forget(folder: Path) -> None:
+    """Take back what `begin` wrote, for a run that was refused after all."""
+    for name in ORIGIN:
+        (folder / name).unlink(missing_ok=True)
+
+
 def finish(
     folder: Path,
     summary: RunSummary,

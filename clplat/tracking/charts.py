@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from clplat.report.spread import spread
 from clplat.tracking import view
 from clplat.tracking.limits import EXPERIMENT_TAG
 from clplat.tracking.lines import LINE, TrackedRun, lines
@@ -58,8 +58,6 @@ def write_view(client: MlflowClient, experiment_id: str, score: str, shown: Show
         client.set_experiment_tag(experiment_id, CHARTS, packed)
         encoded = view.fitting_view("Forgetting curves", scores, int(time.time() * 1000))
         client.set_experiment_tag(experiment_id, view.VIEW_TAG, encoded)
-        # MLflow then opens the experiment as one of training, not of language model applications.
-        client.set_experiment_tag(experiment_id, "mlflow.experimentKind", "custom_model_development")
     if not tags.get("mlflow.note.content"):
         curves, runs = (view.charts_url("", experiment_id, mode) for mode in ("CHART", "TABLE"))
         note = f"[**Open the forgetting curves**]({curves}) or [the runs with their averages]({runs})"
@@ -74,15 +72,17 @@ def _known(tags: Mapping[str, str]) -> dict[str, Shown]:
 
 
 def _packed(scores: Mapping[str, Shown]) -> str:
-    # What does not fit into a tag goes: first the names of experiences, then the streams seen first.
+    # What does not fit into a tag goes: half of the experiences, and half of them again, then the streams seen first.
     plain: dict[str, Any] = {score: asdict(shown) for score, shown in scores.items()}
     packed = view.pack(plain)
-    if len(packed) > EXPERIMENT_TAG:
+    each = view.EACH
+    while len(packed) > EXPERIMENT_TAG and each:
         for fields in plain.values():
-            fields["streams"] = {s: dict.fromkeys(names, "") for s, names in fields["streams"].items()}
-        packed = view.pack(plain)
+            streams = fields["streams"].items()
+            fields["streams"] = {stream: [keys[i] for i in spread(len(keys), each)] for stream, keys in streams}
+        packed, each = view.pack(plain), each // 2
     while len(packed) > EXPERIMENT_TAG:
-        largest = max(plain.values(), key=lambda fields: len(json.dumps(fields["streams"])))
+        largest = max(plain.values(), key=lambda fields: len(fields["streams"]))
         del largest["streams"][next(iter(largest["streams"]))]
         packed = view.pack(plain)
     return packed

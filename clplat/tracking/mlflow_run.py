@@ -87,7 +87,7 @@ class MlflowRun:
             if error.error_code not in REFUSED:
                 raise
             return _refused(job, error)
-        except (TypeError, ValueError, KeyError, OverflowError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError, TrackingError) as error:
             if isinstance(error, OSError):  # as errors of a connection are
                 raise
             return _refused(job, error)
@@ -226,6 +226,12 @@ def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
             raise TrackingError(f"{spill} could not be sent to {store}: {first_line(error)}") from error
 
 
+def _wanted(line: Mapping[str, Any]) -> tuple[str, ...]:
+    if line.get("kind") == "artifact":
+        return ("path", "to")
+    return () if "kind" in line else FIELDS
+
+
 def _read_spill(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The lines that are whole, and the numbers of those that are not."""
     lines, torn = [], []
@@ -234,8 +240,7 @@ def _read_spill(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             line = json.loads(text)
         except ValueError:
             line = None
-        wanted = ABOUT + (("kind",) if isinstance(line, dict) and "kind" in line else FIELDS)
-        if isinstance(line, dict) and all(key in line for key in wanted):
+        if isinstance(line, dict) and all(key in line for key in (*ABOUT, *_wanted(line))):
             lines.append(line)
         else:
             torn.append(number)

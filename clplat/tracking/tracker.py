@@ -78,7 +78,7 @@ class Tracker(base.Tracker):
         self.client: MlflowClient | None = None
         """For what is not covered here. Its calls wait and raise."""
         self._curves = curves
-        self._stream, self._titles = "stream", list[str]()
+        self._stream, self._names = "stream", list[str]()
         self._log_model = log_model
         self._active = rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]  # Lightning sets it on the function
         self._about = {"uri": self.uri, "run_id": ""}
@@ -138,7 +138,7 @@ class Tracker(base.Tracker):
         self._stream = names.stream
         self._job("lines", experiment_id=self.experiment_id)
         if stream is not None:
-            self._titles = labels(len(stream), [experience.name for experience in stream])
+            self._names = labels(len(stream), [experience.name for experience in stream])
             self.log_inputs(about.inputs(stream, params))
         return run_id
 
@@ -164,15 +164,14 @@ class Tracker(base.Tracker):
     def log_results(self, results: Results) -> None:
         """Log the score on each experience trained so far, their average, and forgetting.
 
-        Keys are `<score>/average`, `forgetting/average`, with unseen classes masked `<score>_seen/average`, and for up to
-        `curves` experiences `<score>/<stream>/experience_00`... The experiment gets its saved view of these charts with
-        the first row.
+        Keys are `average <score>`, `forgetting` (of losses `forgetting in <score>`), with unseen classes masked
+        `average <score> - seen classes`, and for up to `curves` experiences `<experience> - <stream> <score>`.
         """
         if results.all.finished in (1, results.all.experiences):
-            fields = asdict(shown(results, self._stream, self._titles, self._curves))
+            fields = asdict(shown(results, self._stream, self._names, self._curves))
             self._job("view", experiment_id=self.experiment_id, score=results.all.score, shown=fields)
         if results.all.finished:
-            self.log(curve_values(results, self._stream, self._curves), step=results.all.finished)
+            self.log(curve_values(results, self._stream, self._names, self._curves), step=results.all.finished)
 
     def finish(self, metrics: Mapping[str, float], step: int) -> None:
         """Log `summary/<name>` for each metric that is defined, and upload tables, figures and the run's note."""

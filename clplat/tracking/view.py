@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clplat.report.spread import spread
-from clplat.tracking.limits import EXPERIMENT_TAG
+from clplat.tracking.limits import EXPERIMENT_TAG, KEY, metric_key
 from clplat.tracking.lines import LINE
 
 VIEW_KEY = "clplat"
@@ -22,7 +22,10 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 
 
 LEARNED = "experiences learned"
-"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step"."""
+"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step".
+
+Other metrics have names to be read, too, since MLflow shows them as titles of charts.
+"""
 
 EACH = 100
 """At most so many charts of single experiences a stream."""
@@ -34,31 +37,48 @@ class Shown:
 
     Attributes:
         higher_is_better: False for losses.
-        streams: of each stream in the MLflow experiment, the names of its experiences that have curves, by number; ""
-            where runs do not agree.
+        streams: of each stream in the MLflow experiment, the metrics of its experiences that have curves.
         low: the lowest score so far.
         high: the highest.
     """
 
     higher_is_better: bool
-    streams: dict[str, dict[str, str]]
+    streams: dict[str, list[str]]
     low: float | None = None
     high: float | None = None
 
     def merged(self, other: Shown) -> Shown:
         """What charts of both show."""
-        streams = {name: dict(experiences) for name, experiences in self.streams.items()}
-        for name, experiences in other.streams.items():
-            known = streams.setdefault(name, {})
-            for number, title in experiences.items():
-                known[number] = title if known.get(number, title) == title else ""
+        streams = {
+            name: list(dict.fromkeys([*self.streams.get(name, []), *other.streams.get(name, [])]))
+            for name in {**self.streams, **other.streams}
+        }
         lows, highs = ([x for x in pair if x is not None] for pair in ((self.low, other.low), (self.high, other.high)))
         return Shown(other.higher_is_better, streams, min(lows, default=None), max(highs, default=None))
 
 
-def experience_key(score: str, stream: str, index: int) -> str:
-    """The MLflow key of the score on one experience: `accuracy/split_digits/experience_00`."""
-    return f"{score}/{stream.replace('/', '_')}/experience_{index:02d}"
+def average_key(score: str) -> str:
+    """The MLflow key of the average over the experiences so far: `average accuracy`."""
+    return f"average {score.replace('_', ' ')}"
+
+
+def forgetting_key(score: str) -> str:
+    """The MLflow key of forgetting so far; what is lost of a loss is in other units, and has its own."""
+    return "forgetting" if score == "accuracy" else f"forgetting in {score.replace('_', ' ')}"
+
+
+def experience_keys(score: str, stream: str, names: Sequence[str]) -> list[str]:
+    """The MLflow keys of the score on each experience: `digits 0 1 - split_digits accuracy`.
+
+    Args:
+        score: what is scored.
+        stream: its name, which keeps the curves of streams apart.
+        names: of the K experiences; where two are alike to MLflow they get their numbers.
+    """
+    clean = [metric_key(name.replace("/", "_").replace("…", "")) for name in names]
+    alike = {name for name in clean if clean.count(name) > 1}
+    end = metric_key(f"{stream} {score.replace('_', ' ')}".replace("/", "_"))
+    return [f"{name}{f' {j}' if name in alike else ''} - {end}"[:KEY] for j, name in enumerate(clean)]
 
 
 def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
@@ -76,27 +96,24 @@ def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
         words, top = score.replace("_", " "), f"{score}-average"
         level = _limits(score, shown)
         sections.append(_section(top, f"Average {words}, forgetting"))
-        charts.append(_line(top, f"{score}/average", f"average {words}", level))
-        charts.append(_line(top, "forgetting/average", "forgetting", None))
-        charts.append(_chart("BAR", top, f"{score}/average", f"average {words}, at last"))
-        for stream, experiences in shown.streams.items():
+        charts.append(_line(top, average_key(score), level))
+        charts.append(_line(top, forgetting_key(score), None))
+        charts.append(_chart("BAR", top, average_key(score)))
+        for stream, keys in shown.streams.items():
             section = f"{score}-{stream}"
             sections.append(_section(section, "Forgetting curves" + (f": {stream}" if len(shown.streams) > 1 else "")))
-            numbers = sorted(map(int, experiences))
-            for number in (numbers[i] for i in spread(len(numbers), each)):
-                title = experiences[str(number)] or f"experience {number}"
-                charts.append(_line(section, experience_key(score, stream, number), title, level))
+            charts += [_line(section, keys[i], level) for i in spread(len(keys), each)]
     first, shown = next(iter(scores.items()))
     return {
         "searchFilter": f"tags.{LINE} != ''",
-        "orderByKey": f"metrics.`{first}/average`",
+        "orderByKey": f"metrics.`{average_key(first)}`",
         "orderByAsc": not shown.higher_is_better,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": [
-            *(f"metrics.`{key}`" for key in (f"{first}/average", "forgetting/average")),
+            *(f"metrics.`{key}`" for key in (average_key(first), forgetting_key(first))),
             *(f"params.`{name}`" for name in ("seed", "strategy.name", "learner.name", "stream.name")),
         ],
         "columnOrder": [],
@@ -140,7 +157,7 @@ def _section(identity: str, name: str) -> dict[str, Any]:
     }
 
 
-def _chart(kind: str, section: str, key: str, title: str) -> dict[str, Any]:
+def _chart(kind: str, section: str, key: str) -> dict[str, Any]:
     return {
         "uuid": f"{kind}-{section}-{key}",
         "type": kind,
@@ -148,13 +165,13 @@ def _chart(kind: str, section: str, key: str, title: str) -> dict[str, Any]:
         "metricSectionId": section,
         "deleted": False,
         "isGenerated": False,
-        "displayName": title,
+        "displayName": key,
         "metricKey": key,
     }
 
 
-def _line(section: str, key: str, title: str, limits: tuple[float, float] | None) -> dict[str, Any]:
-    return _chart("LINE", section, key, title) | {
+def _line(section: str, key: str, limits: tuple[float, float] | None) -> dict[str, Any]:
+    return _chart("LINE", section, key) | {
         "selectedMetricKeys": [key],
         "lineSmoothness": 0,
         "xAxisScaleType": "linear",

@@ -12,6 +12,7 @@ from tracked import shared_store
 
 from clplat.report import folder as report
 from clplat.report.summary import Names, read_run
+from clplat.tracking.base import TrackingError
 from clplat.train import train
 
 OPTIONS = [
@@ -71,6 +72,12 @@ def test_r_and_its_metrics_are_there_without_a_tracker(folders):
     table = json.loads((folders[0] / "results_table.json").read_text())
     assert table["data"][2][1:] == r[1].tolist()
     assert f"| average accuracy | {r[-1].mean():.4f} |" in (folders[0] / "table.md").read_text()
+
+
+def test_a_run_whose_store_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(TrackingError, match="Cannot use the MLflow store"):
+        run(tmp_path / "run", "tracking.uri=nonsense://x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_origin_names_command_and_packages(folders):

@@ -30,12 +30,12 @@ def test_a_run_from_start_to_end(tmp_path, store):
     run = run_of(tracker)
     assert run.info.status == "FINISHED"
     assert history(tracker, "train/loss") == [(step, 1 / (step + 1)) for step in range(2500)]
-    assert history(tracker, "accuracy/average") == [
+    assert history(tracker, "average accuracy") == [
         (n, pytest.approx(v)) for n, v in [(1, 0.9), (2, 0.65), (3, 1.7 / 3)]
     ]
-    assert history(tracker, "accuracy/split_digits/experience_01") == [(2, 0.8), (3, 0.6)]
-    assert history(tracker, "forgetting/average") == [(2, pytest.approx(0.4)), (3, pytest.approx(0.35))]
-    assert len(history(tracker, "accuracy_seen/average")) == 3
+    assert history(tracker, "experience 1 - split_digits accuracy") == [(2, 0.8), (3, 0.6)]
+    assert history(tracker, "forgetting") == [(2, pytest.approx(0.4)), (3, pytest.approx(0.35))]
+    assert len(history(tracker, "average accuracy - seen classes")) == 3
     assert run.data.metrics["summary/backward_transfer"] == pytest.approx(-0.35)
     assert not any("minimum" in key for key in run.data.metrics), "an undefined metric was logged"
 
@@ -64,10 +64,10 @@ def test_a_loss_is_logged_under_its_own_name(tmp_path, store):
     tracker.log_results(results("bits_per_token", higher=False))
     tracker.close()
     metrics = run_of(tracker).data.metrics
-    assert metrics["bits_per_token/average"] == pytest.approx(1.7 / 3)
-    assert metrics["forgetting/average"] == pytest.approx((-0.1 + 0.4) / 2)
-    assert "bits_per_token/split_digits/experience_00" in metrics
-    assert not any(key.startswith("accuracy") for key in metrics)
+    assert metrics["average bits per token"] == pytest.approx(1.7 / 3)
+    assert metrics["forgetting in bits per token"] == pytest.approx((-0.1 + 0.4) / 2)
+    assert "experience 0 - split_digits bits per token" in metrics
+    assert not any("accuracy" in key for key in metrics)
 
 
 def test_a_resumed_run_logs_nothing_twice(tmp_path, store):
@@ -145,7 +145,8 @@ def test_params_of_any_length_and_number(tmp_path, store):
 
 
 def test_inputs_and_the_model_on_request(tmp_path, store):
-    checkpoint = tmp_path / "last.ckpt"
+    (tmp_path / "run").mkdir()
+    checkpoint = tmp_path / "run" / "last.ckpt"
     checkpoint.write_bytes(b"weights")
     for wanted in (False, True):
         tracker = started(tmp_path, store, log_model=wanted)

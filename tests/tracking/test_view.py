@@ -29,19 +29,12 @@ def test_the_charts_view_is_written_once_and_grows(tmp_path, store):
 
     first, state = view(logged(3))
     keys = [chart["metricKey"] for chart in state["compareRunCharts"]]
-    assert keys[:2] == ["accuracy/average", "forgetting/average"]
-    assert keys[3:] == [f"accuracy/split_digits/experience_{j:02d}" for j in range(3)]
-    titles = [chart["displayName"] for chart in state["compareRunCharts"]]
-    assert titles == [
-        "average accuracy",
-        "forgetting",
-        "average accuracy, at last",
-        *(f"experience {j}" for j in range(3)),
-    ]
+    assert keys[:2] == ["average accuracy", "forgetting"]
+    assert keys[3:] == [f"experience {j} - split_digits accuracy" for j in range(3)]
     assert {chart.get("selectedXAxisMetricKey") for chart in state["compareRunCharts"]} == {"experiences learned", None}
     assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "line"}]
     assert [column.partition(".")[2] for column in state["selectedColumns"][:3]] == [
-        "`accuracy/average`", "`forgetting/average`", "`seed`",
+        "`average accuracy`", "`forgetting`", "`seed`",
     ]  # fmt: skip
     assert state["compareRunCharts"][0]["range"] == {"yMin": 0.0, "yMax": 1.02}
     tracker = logged(2)
@@ -49,8 +42,8 @@ def test_the_charts_view_is_written_once_and_grows(tmp_path, store):
     client(tracker).set_experiment_tag(tracker.experiment_id, "mlflow.note.content", "mine " + tracker.charts_url())
     _, state = view(logged(12, "bits_per_token"))
     keys = [chart["metricKey"] for chart in state["compareRunCharts"]]
-    assert "accuracy/split_digits/experience_02" in keys
-    assert "bits_per_token/split_digits/experience_11" in keys
+    assert "experience 2 - split_digits accuracy" in keys
+    assert "experience 11 - split_digits bits per token" in keys
     tags = client(tracker).get_experiment(tracker.experiment_id).tags
     assert tags["mlflow.note.content"].startswith("mine ")
 
@@ -58,13 +51,31 @@ def test_the_charts_view_is_written_once_and_grows(tmp_path, store):
 @pytest.mark.parametrize(("experiences", "streams"), [(100, 1), (5000, 1), (1000, 3), (20, 200)])
 def test_the_tags_of_an_experiment_hold_any_number_of_experiences(experiences, streams):
     draw = random.Random(0)
-    every = {f"stream {s}": {str(j): f"{draw.getrandbits(60):x}" for j in range(experiences)} for s in range(streams)}
+    names = [f"{draw.getrandbits(60):x}" for _ in range(experiences)]
+    every = {f"stream {s}": charts_view.experience_keys("accuracy", f"stream {s}", names) for s in range(streams)}
     scores = {"accuracy": charts_view.Shown(True, every)}
     assert len(charts._packed(scores)) <= EXPERIMENT_TAG
     tag = charts_view.fitting_view("Forgetting curves", scores, 0)
     assert len(tag) <= EXPERIMENT_TAG
     keys = [chart["metricKey"] for chart in charts_view.decode_view(tag)["compareRunCharts"]]
-    assert keys[:2] == ["accuracy/average", "forgetting/average"]
+    assert keys[:2] == ["average accuracy", "forgetting"]
     if streams == 1:
-        assert keys[3] == "accuracy/stream 0/experience_00"
-        assert keys[-1] == f"accuracy/stream 0/experience_{experiences - 1}"
+        assert keys[3] == f"{names[0]} - stream 0 accuracy"
+        assert keys[-1] == f"{names[-1]} - stream 0 accuracy"
+
+
+def test_an_experiment_of_many_streams_remembers_as_much_as_fits():
+    shown = charts_view.Shown(True, {f"s{s}": [f"{s} {j} {hash(str(j))}" for j in range(100)] for s in range(50)})
+    packed = charts._packed({"accuracy": shown, "mse": shown})
+    assert 1000 < len(packed) <= EXPERIMENT_TAG
+    known = charts._known({charts.CHARTS: packed})
+    assert known["accuracy"].streams["s49"][0] == shown.streams["s49"][0]
+    assert charts._known({charts.CHARTS: "not ours"}) == charts._known({}) == {}
+
+
+def test_experiences_have_keys_of_their_own_that_mlflow_takes():
+    keys = charts_view.experience_keys("bits_per_token", "a/b", ["de", "a[0]", "a(0)", "x" * 300, "größe"])
+    assert keys[:3] == ["de - a_b bits per token", "a_0_ 1 - a_b bits per token", "a_0_ 2 - a_b bits per token"]
+    assert keys[4] == "größe - a_b bits per token"
+    assert all(len(key) <= 250 for key in keys)
+    assert len(set(keys)) == 5
