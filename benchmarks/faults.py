@@ -5,11 +5,13 @@
     python benchmarks/faults.py kills --only ewc --trials 5
 
 A trial trains one of the runs of `digests.py`, with a checkpoint every third step and MLflow in an SQLite store, as
-`clplat train` does. It is killed one to three times, at moments drawn evenly from its length, and resumed from its
-folder after each. What it left is then compared bit for bit with what the same command left alone: the whole
-`last.ckpt` (weights, strategy, optimiser, random states, scores), all files of the folder, and MLflow's values, params,
-inputs, artifacts and status. Left out are addresses, identifiers and times. Processes are forked from this one, which
-has everything imported, and seed their random generators by themselves.
+`clplat train` does. Moments are drawn evenly from the time between its first checkpoint and its last; every fifth is
+drawn from the first two seconds of the process instead, its start-up or resume. Kills go on, with a resume after each,
+until one to three of them hit the run inside an experience. What is left at the end is compared bit for bit with what
+the same command left alone: the whole `last.ckpt` (weights, strategy, optimiser, random states, scores), all files of
+the folder, and MLflow's values, params, inputs, artifacts and status. Left out are addresses, identifiers and times.
+
+Processes are forked from this one, which has everything imported; each seeds its random generators by its number.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from digests import runs  # noqa: E402  # the environment and the path come first
-from lives import assert_same, imported, killed, left_alone, stopped  # noqa: E402
+from leftovers import assert_same  # noqa: E402
+from lives import imported, killed, left_alone, stopped  # noqa: E402
 
 SHORT = [
     "training.epochs=null", "training.steps=12", "training.batch_size=16", "training.log_every_n_steps=2",
@@ -45,7 +48,7 @@ class Cases:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, f"tracking.uri=sqlite:///{folder}/mlruns.db"
-        self._lengths: dict[str, float] = {}
+        self._training: dict[str, float] = {}
 
     def words(self, name: str) -> list[str]:
         """Its command."""
@@ -56,23 +59,23 @@ class Cases:
         """Folder of the run that was left alone."""
         return self.folder / f"whole-{list(runs()).index(name)}"
 
-    def length(self, name: str) -> float:
-        """Seconds that it takes when it is left alone."""
-        if name not in self._lengths:
-            self._lengths[name] = left_alone(self.words(name), self.whole(name))
-        return self._lengths[name]
+    def training(self, name: str) -> float:
+        """Seconds from its first checkpoint to its last, when it is left alone."""
+        if name not in self._training:
+            self._training[name] = left_alone(self.words(name), self.whole(name))
+        return self._training[name]
 
 
 def kills(name: str, cases: Cases, cut: Path, draws: random.Random) -> Counter[str]:
     """One trial of SIGKILLs; what happened, counted."""
-    done = killed(cases.words(name), cut, draws, cases.length(name), draws.randint(1, 3))
+    done = killed(cases.words(name), cut, draws, cases.training(name), draws.randint(1, 3))
     assert_same(cases.whole(name), cut)
     return Counter({"exact": 1, **vars(done)})
 
 
 def signals(name: str, cases: Cases, cut: Path, draws: random.Random) -> Counter[str]:
     """One trial of a signal that asks for an end; what happened, counted."""
-    code, finished = stopped(cases.words(name), cut, draws, cases.length(name))
+    code, finished = stopped(cases.words(name), cut, draws, cases.training(name))
     if finished:
         assert_same(cases.whole(name), cut)
     what = "over before" if code == 0 else "in training, resumed, exact" if finished else "before training"

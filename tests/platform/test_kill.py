@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lives import assert_same, imported, killed, left_alone, unlike
+from leftovers import assert_same, unlike
+from lives import imported, killed, left_alone
 
 COMMAND = [
     "strategy=[replay,ewc]", "strategy.ewc.examples=200", "seed=4", "threads=1", "progress=false",
@@ -36,8 +37,8 @@ def test_killed_once_and_resumed_equals_left_alone(tmp_path, monkeypatch):
     imported()
     monkeypatch.chdir(tmp_path)
     words = [*COMMAND, *SHORT]
-    length = left_alone(words, tmp_path / "whole")
-    killed(words, tmp_path / "cut", random.Random(1), length, kills=1)
+    training = left_alone(words, tmp_path / "whole")
+    killed(words, tmp_path / "cut", random.Random(1), training, kills=1)
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from lives import CODES, assert_same, code_of, forked, imported, left_alone, stopped
+from leftovers import assert_same
+from lives import CODES, code_of, forked, imported, left_alone, stopped
 
 from clplat import checkpoint
 from clplat.cli import main
@@ -176,10 +177,10 @@ def in_tmp(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 def test_signals_at_twenty_random_moments(in_tmp):
     whole, draws, trained = in_tmp / "whole", random.Random(7), 0
-    length = left_alone(COMMAND[1:], whole)
+    training = left_alone(COMMAND[1:], whole)
     for i in range(20):
         cut = in_tmp / f"cut{i}"
-        code, finished = stopped(COMMAND[1:], cut, draws, 0.9 * length)
+        code, finished = stopped(COMMAND[1:], cut, draws, training)
         if finished:
             assert_same(whole, cut)
             trained += code != 0
