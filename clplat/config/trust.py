@@ -143,7 +143,7 @@ def _below(path: str, node: DictConfig | ListConfig, hint: Any, imported: Callab
         hint = base(path) or hint
         target = imported(f"{path}._target_", node._target_)
         _judge_kind(path, node._target_, target, hint)
-        hints = _parameters(target, free=_own(node._target_) or _home(target).startswith(BENCHMARKS))
+        hints = _parameters(target, free=not listed(node._target_) or _home(target).startswith(BENCHMARKS))
     elif isinstance(node, ListConfig):
         hints = dict.fromkeys(map(str, range(len(node))), hint)
     elif isinstance(node, DictConfig):

@@ -65,16 +65,16 @@ class Batch:
         return self.x.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device, its floats in torch's default precision; itself if all is so already.
+        """The same batch on another device, its floats in the precision of the run at least; itself if all is so already.
 
-        The default precision is that of the run (`trainer.precision`).
+        The precision of the run (`trainer.precision`) is torch's default. Wider floats stay, for nets that are wider.
         """
         floats = torch.get_default_dtype()
         if self.x.device == torch.device(device) and all(
-            t.dtype == floats for t in (self.x, self.y, *self.extra.values()) if t.is_floating_point()
+            t.dtype == _wider(t, floats) for t in (self.x, self.y, *self.extra.values())
         ):
             return self
-        return self._map(lambda t: t.to(device, floats if t.is_floating_point() else t.dtype, non_blocking=True))
+        return self._map(lambda t: t.to(device, _wider(t, floats), non_blocking=True))
 
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` ([M] integers, or [B] bool) of every field."""
@@ -90,6 +90,10 @@ class Batch:
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         extra = {name: change(t) for name, t in present.pop("extra").items()}
         return Batch(**{name: change(t) for name, t in present.items()}, extra=extra)
+
+
+def _wider(t: Tensor, floats: torch.dtype) -> torch.dtype:
+    return torch.promote_types(t.dtype, floats) if t.is_floating_point() else t.dtype
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:

@@ -455,10 +455,13 @@ def test_triton_kernels_equal_the_reference_over_a_few_steps(name: str) -> None:
     assert_near(gradients(actual, single.leaves()), gradients(expected, exact.leaves()), 5e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 63 if CUDA else 31), (3, 65)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 63), (3, 65)])
 @each_backend
 def test_ugly_shapes(name: str, backend: str, shape: tuple[int, int]) -> None:
-    for size in CASES[name].sizes:
+    sizes = CASES[name].sizes
+    if backend == "triton" and not CUDA and shape == (2, 63):
+        sizes = sizes[:1]  # the interpreter takes seconds for each; (3, 65) has them all
+    for size in sizes:
         exact = given(name, *shape, size)
         single = exact.to(torch.float32, device_of(backend))
         expected, actual = run(name, exact, "reference", True), run(name, single, backend, True)

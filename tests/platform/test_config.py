@@ -572,7 +572,7 @@ def test_a_key_of_the_first_edition_is_refused_with_the_new_one(overrides: list[
 def test_every_key_is_one_of_the_yaml() -> None:
     assert root_keys() == (
         "stream", "learner", "strategy", "objective", "optimizer", "schedule", "training", "evaluation", "trainer",
-        "tracking", "experiment", "seed", "output_dir", "resume", "threads", "progress", "debug",
+        "tracking", "experiment", "seed", "output_dir", "resume", "threads", "progress", "debug", "sweep",
     )  # fmt: skip
 
 

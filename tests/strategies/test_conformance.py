@@ -300,6 +300,7 @@ def test_trains_in_bfloat16_where_the_trainer_says_so(name, net):
         for partner in sorted(PARTNERS.keys() - {name})
     ],
 )
+@pytest.mark.filterwarnings("ignore:Per-example gradients go example by example")  # of nets with weights for each task
 @pytest.mark.parametrize("outermost", [False, pytest.param(True, marks=slow)])
 def test_composes_with_replay_and_refresh_or_says_why_not(name, partner, outermost):
     case = CASES[name]
