@@ -6,15 +6,14 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from lives import CODES, assert_same, code_of, forked, imported, left_alone, stopped
 
 from clplat import checkpoint
 from clplat.cli import main
@@ -24,8 +23,6 @@ from clplat.settings import Evaluation, Training
 from clplat.signals import Stopped, ending, heeded_at_once
 from clplat.strategy import Strategy
 from clplat.tracking.base import NoTracker
-
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 class Sends(Strategy):
@@ -141,35 +138,6 @@ def test_what_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
-def forked(work: Callable[[], int], out: Path) -> int:
-    """Do something in a child process with everything imported; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    with contextlib.suppress(BaseException), out.open("w") as file:
-        for number in CODES:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        warnings.resetwarnings()  # a process of its own has none of the test's filters
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        os._exit(work())
-    os._exit(99)
-
-
-def code_of(child: int, seconds: float = 60) -> int:
-    """Exit code of a child, negative for the signal that ended it."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    pytest.fail(f"the process did not end within {seconds} s")
-
-
 @pytest.mark.parametrize("number", CODES)
 def test_a_second_signal_ends_at_once(tmp_path, number):
     def waits() -> int:
@@ -200,62 +168,21 @@ COMMAND = [
 
 @pytest.fixture
 def in_tmp(tmp_path, monkeypatch) -> Path:
-    import clplat.launch  # noqa: F401  # so that children have it
-
+    imported()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def stopped_and_resumed(folder: Path, draws: random.Random, longest: float) -> tuple[int, bool]:
-    """A command that gets a signal at a random moment of its life; its code, and whether it had begun to train.
-
-    What it says is what is typed then, until it is done.
-    """
-    number = draws.choice(list(CODES))
-    child = forked(lambda: main([*COMMAND, "output_dir=cut"]), folder / "out.txt")
-    time.sleep(draws.uniform(0.0, longest))
-    os.kill(child, number)
-    code, said = code_of(child), (folder / "out.txt").read_text().splitlines()
-    if code == 0:  # it was over
-        return 0, True
-    assert code == CODES[number], said
-    assert said[-1].startswith("clplat: stopped"), said
-    assert not any("Traceback" in line for line in said), said
-    if "To go on" not in said[-1]:
-        assert not list((folder / "cut").rglob("config.yaml"))
-        return code, False
-    words = said[-1].partition(" train ")[2].split()
-    assert code_of(forked(lambda: main(["train", *words, "progress=false"]), folder / "again.txt")) == 0
-    return code, True
-
-
-def state_of(folder: Path) -> dict:
-    (path,) = folder.rglob(checkpoint.LAST)
-    return checkpoint.load(path)
-
-
-def assert_same(folder: Path) -> None:
-    a, b = state_of(folder / "whole"), state_of(folder / "cut")
-    assert a["complete"] and b["complete"]
-    tensors = [k for k, v in a["learner"].items() if torch.is_tensor(v)]
-    assert all(torch.equal(a["learner"][k], b["learner"][k]) for k in tensors)
-    rows = [state["results"]["all"]["rows"].nan_to_num(-1) for state in (a, b)]
-    assert torch.equal(*rows)
-
-
 @pytest.mark.slow
 def test_signals_at_twenty_random_moments(in_tmp):
-    import shutil
-
-    began = time.monotonic()
-    assert code_of(forked(lambda: main([*COMMAND, "output_dir=whole"]), in_tmp / "out.txt")) == 0
-    length, draws, trained = time.monotonic() - began, random.Random(7), 0
-    for _ in range(20):
-        code, was_training = stopped_and_resumed(in_tmp, draws, 0.9 * length)
-        if was_training:
-            assert_same(in_tmp)
+    whole, draws, trained = in_tmp / "whole", random.Random(7), 0
+    length = left_alone(COMMAND[1:], whole)
+    for i in range(20):
+        cut = in_tmp / f"cut{i}"
+        code, finished = stopped(COMMAND[1:], cut, draws, 0.9 * length)
+        if finished:
+            assert_same(whole, cut)
             trained += code != 0
-        shutil.rmtree(in_tmp / "cut", ignore_errors=True)
     assert trained >= 8, "too few signals came in training to say anything"
 
 
