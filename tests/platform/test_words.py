@@ -147,11 +147,11 @@ def test_a_yaml_without_its_package_is_refused_with_the_line_to_add(capsys: pyte
 
 def test_a_pipe_that_closes_ends_a_command_silently_with_the_code_of_a_shell(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; from clplat.cli import main; sys.exit(main(['list']))"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.wait(60) == 141
-    assert process.stderr.read() == b""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
 
 
 def test_signs_that_a_terminal_lacks_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
