@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _command(argv)
         finally:
             sys.stdout.flush()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # as rich ends a program, with code 1
+            return 128 + 13
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 128 + 13

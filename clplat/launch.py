@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from clplat.config.own_files import guarded
 from clplat.config.refusing import ConfigError
@@ -168,7 +168,8 @@ def _leave_out(cfg: DictConfig, several: Sequence[Override]) -> None:
         for name in [
             n for n in parts if n in others and isinstance(parts[n], DictConfig) and "_target_" not in parts[n]
         ]:
-            del parts[name]
+            with open_dict(parts):
+                del parts[name]
 
 
 def _check_named(cfg: DictConfig, chosen: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
 from clplat.catalogue import CONF, groups, options
 from clplat.config.refusing import ConfigError, nearest, root_keys
@@ -100,7 +100,7 @@ def resolving(words: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except OmegaConfBaseException as error:
+    except (GrammarParseError, InterpolationResolutionError) as error:
         key, typed = str(error.full_key or ""), [w.lstrip("+") for w in words if "${" in w]
         given = next((w for w in typed if w.partition("=")[0] == key), typed[0] if typed else "")
         if given:

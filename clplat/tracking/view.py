@@ -22,7 +22,7 @@ VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 
 
 LEARNED = "experiences learned"
-"""The metric that is the x axis of the charts of scores, since MLflow calls its own "Step".
+"""The metric that is the x axis of averages, since MLflow calls its own "Step".
 
 Other metrics have names to be read, too, since MLflow shows them as titles of charts.
 """
@@ -96,12 +96,13 @@ def view_state(scores: Mapping[str, Shown], each: int = EACH) -> dict[str, Any]:
         words, top = score.replace("_", " "), f"{score}-average"
         level = _limits(score, shown)
         sections.append(_section(top, f"Average {words}, forgetting"))
-        charts.append(_line(top, average_key(score), level))
+        charts.append(_line(top, average_key(score), level, learned=True))
         charts.append(_line(top, forgetting_key(score), None))
         charts.append(_chart("BAR", top, average_key(score)))
         for stream, keys in shown.streams.items():
             section = f"{score}-{stream}"
-            sections.append(_section(section, "Forgetting curves" + (f": {stream}" if len(shown.streams) > 1 else "")))
+            which = f": {stream}" if len(shown.streams) > 1 else ""
+            sections.append(_section(section, f"Forgetting curves{which} (step: experiences learned)"))
             charts += [_line(section, keys[i], level) for i in spread(len(keys), each)]
     first, shown = next(iter(scores.items()))
     return {
@@ -170,19 +171,21 @@ def _chart(kind: str, section: str, key: str) -> dict[str, Any]:
     }
 
 
-def _line(section: str, key: str, limits: tuple[float, float] | None) -> dict[str, Any]:
+def _line(section: str, key: str, limits: tuple[float, float] | None, learned: bool = False) -> dict[str, Any]:
+    # Of groups of runs MLflow draws the n-th value at the n-th value of the metric on the x axis, whatever their steps.
+    # So that metric can only be the axis of what is there from the first experience on; the rest has the step.
+    axis = {"xAxisKey": "metric", "selectedXAxisMetricKey": LEARNED, "useGlobalXaxisKey": False}
+    steps = {"xAxisKey": "step", "selectedXAxisMetricKey": "", "useGlobalXaxisKey": True}
     return _chart("LINE", section, key) | {
         "selectedMetricKeys": [key],
         "lineSmoothness": 0,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
         "range": {"yMin": limits[0], "yMax": limits[1]} if limits else {},
-        "xAxisKey": "metric",
-        "selectedXAxisMetricKey": LEARNED,
+        **(axis if learned else steps),
         "yAxisKey": "metric",
         "yAxisExpressions": [],
         "ignoreOutliers": False,
-        "useGlobalXaxisKey": False,
         "useGlobalLineSmoothing": True,
     }
 

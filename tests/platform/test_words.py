@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,3 +118,44 @@ def test_what_cannot_be_resolved_is_refused_and_leaves_nothing(
     word: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(capsys, word).startswith(said)
+
+
+@pytest.mark.usefixtures("_empty")
+def test_options_of_a_strategy_go_to_the_runs_of_a_sweep_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = ["-m", "strategy=finetune,ewc", "strategy.ewc.strength=7", "stream.experiences=2", "training.steps=2"]
+    assert main(["train", "tracking=none", "progress=false", "learner.net.hidden=8", *sweep]) == 0
+    assert "a sweep of 2 runs (2 of strategy); folder: runs/" in capsys.readouterr().out
+    found = {
+        tuple(config["strategy"]): config["strategy"].get("ewc", {}).get("strength")
+        for config in (yaml.safe_load(p.read_text()) for p in Path("runs").rglob("config.yaml"))
+    }
+    assert found == {("finetune",): None, ("ewc",): 7}
+    assert main(["train", "tracking=none", "-m", "strategy=finetune,replay", "strategy.ewc.strength=7"]) == 2
+    assert "strategy.ewc: no strategy of that name was chosen" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_empty")
+def test_a_yaml_without_its_package_is_refused_with_the_line_to_add(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("conf/strategy").mkdir(parents=True)
+    for name, first in (("plain", ""), ("late", "# mine\n# @package strategy.late\n")):
+        Path(f"conf/strategy/{name}.yaml").write_text(f"{first}_target_: clplat.strategies.ewc.EWC\n")
+        assert main(["train", "--config-dir", "conf", f"strategy={name}", "tracking=none"]) == 2
+        said = capsys.readouterr().err
+        assert f"strategy={name}: its yaml" in said and f"`# @package strategy.{name}` the first line" in said
+        assert not Path("runs").exists()
+
+
+def test_a_pipe_that_closes_ends_a_command_silently_with_the_code_of_a_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from clplat.cli import main; sys.exit(main(['list']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+
+
+def test_signs_that_a_terminal_lacks_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main(["list", "strategy"]) == 0
+    assert b"?" in ascii_only.buffer.getvalue()  # type: ignore[attr-defined]  # the bytes below
