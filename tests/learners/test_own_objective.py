@@ -34,7 +34,7 @@ class Poisson(Objective):
             yield factor
 
 
-def counts():
+def counts() -> Stream:
     generator, parts = torch.Generator().manual_seed(0), []
     for k in range(2):
         x = torch.randn(40, 5, 3, generator=generator)
