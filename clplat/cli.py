@@ -202,7 +202,8 @@ def sync(arguments: Sequence[str]) -> int:
 
     try:
         for folder in given.folder:
-            print(f"{folder}: {mlflow_run.sync(folder)} values sent")
+            sent = mlflow_run.sync(folder, show=lambda uri, folder=folder: print(f"{folder}: sends to {uri}"))
+            print(f"{folder}: {sent} values sent")
     except UserError as error:
         return _refuse(str(error), code=1)
     return 0

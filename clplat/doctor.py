@@ -17,6 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clplat._home import ADVICE, stopped_at_home, unheard
+from clplat.errors import first_line
+
 Finding = tuple[str, str, str]
 """What was looked at; "ok", "note" or "wrong"; what was found, and what to do."""
 
@@ -95,19 +98,32 @@ def _imports() -> Iterator[Finding]:
     with suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("numba")
         advice["numba"] = "reinstall it (pip install 'clplat[cpu]'), or uninstall it"
+    chosen = os.environ.get("MPLCONFIGDIR")
     for name, what in advice.items():
         failure = _failure(name)
-        yield f"import {name}", "wrong" if failure else "ok", f"{failure}: {what}" if failure else ""
+        if failure is None:
+            yield f"import {name}", "ok", ""
+        elif stopped_at_home(failure):
+            yield f"import {name}", "note", f"it keeps its settings in {Path.home()}, and cannot: to use it, {ADVICE}"
+        else:
+            yield f"import {name}", "wrong", f"{first_line(failure)}: {what}"
+    if os.environ.get("MPLCONFIGDIR") != chosen:  # matplotlib, imported above, took a temporary folder
+        yield (
+            "matplotlib",
+            "note",
+            "it looks for fonts anew in every process (seconds), since its folder cannot be written: set MPLCONFIGDIR "
+            "to one that can",
+        )
 
 
-def _failure(name: str) -> str:
-    """Why a module cannot be imported, "" if it can."""
+def _failure(name: str) -> Exception | None:
+    """Why a module cannot be imported, None if it can."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # Avalanche's, of a solver that nothing here uses
+        with warnings.catch_warnings(action="ignore"), unheard():  # Avalanche's, of a solver that nothing here uses
             importlib.import_module(name)
     except Exception as error:
-        return str(error).splitlines()[0]
-    return ""
+        return error
+    return None
 
 
 def _kernels() -> Iterator[Finding]:

@@ -11,3 +11,8 @@ class UserError(Exception):
     """
 
     code: int = 2
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

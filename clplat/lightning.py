@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from clplat._home import unheard
 from clplat._torchvision import ensure_importable
 
 ensure_importable()
 
-import pytorch_lightning as pl  # noqa: E402  # only after the line above
-from pytorch_lightning.loggers import Logger  # noqa: E402
-from pytorch_lightning.utilities import rank_zero_only  # noqa: E402
+with unheard():  # both only after the line above
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import Logger
+    from pytorch_lightning.utilities import rank_zero_only
 
 if TYPE_CHECKING:
     import torch

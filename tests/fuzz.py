@@ -42,7 +42,16 @@ SMALL = ("learner.net.hidden=8",)
 TASKS = ("stream=split_digits", "stream.task_incremental=true")
 """A stream on which every strategy can be set up."""
 
-NOT_HERE = ("avalanche", "permuted_mnist", "rotated_mnist", "split_mnist", "split_fashion_mnist", "custom", "gpu", "regression")
+NOT_HERE = (
+    "avalanche",
+    "permuted_mnist",
+    "rotated_mnist",
+    "split_mnist",
+    "split_fashion_mnist",
+    "custom",
+    "gpu",
+    "regression",
+)
 """Options that need a download, an answer of the user's, a GPU, or targets that no stream here has."""
 
 ALSO = {"cwr_star": ("learner.head=shared",), "remind": ("learner.net.hidden=16", "strategy.remind.parts=4")}
@@ -128,16 +137,22 @@ def cases() -> list[Case]:
     for group in sorted(catalogue.groups()):
         if group in ("experiment", "paper"):
             continue
-        found += [Case((*BASE, f"{group}={text}"), group, text, {}, "value") for text in ("5", "null", "[]", "nope", "''")]
+        found += [
+            Case((*BASE, f"{group}={text}"), group, text, {}, "value") for text in ("5", "null", "[]", "nope", "''")
+        ]
         for name in catalogue.options(catalogue.CONF / group):
             if name in NOT_HERE:
                 continue
             prefix = f"strategy.{name}" if group == "strategy" else group
             found += _below(prefix, _shipped(group, name), _chosen(group, name))
     root = OmegaConf.load(catalogue.CONF / "train.yaml")
-    plain = OmegaConf.create({k: root[k] for k in root if k not in ("defaults", "hydra", "resume", "debug", "output_dir")})
+    plain = OmegaConf.create(
+        {k: root[k] for k in root if k not in ("defaults", "hydra", "resume", "debug", "output_dir")}
+    )
     found += _below("", plain, (*BASE, *SMALL))
-    found += [Case((*BASE, f"{key}={v}"), key, v, None, "value") for key in ("experiment", "stream") for v in ("7", "true")]
+    found += [
+        Case((*BASE, f"{key}={v}"), key, v, None, "value") for key in ("experiment", "stream") for v in ("7", "true")
+    ]
     found += [_unknown(key, (*BASE, *SMALL)) for key in ("strategy.bogus", "bogus", "learner.bogus")]
     return list({case.words: case for case in found}.values())
 

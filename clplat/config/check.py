@@ -17,6 +17,7 @@ from clplat.config.kinds import Built, misfit
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
 from clplat.config.trust import judge
+from clplat.errors import first_line
 from clplat.metrics import METRICS
 
 FILLED = {"learner.net": 2, "objective": 1, "optimizer": 1, "schedule": 1}
@@ -141,6 +142,7 @@ def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
 def _imported(key: str, name: str) -> Any:
     from hydra.utils import get_object
 
+    from clplat._home import ADVICE, stopped_at_home, unheard
     from clplat._torchvision import ensure_importable
 
     if now := path_now(name):
@@ -149,13 +151,17 @@ def _imported(key: str, name: str) -> Any:
     said = logging.getLogger("hydra.utils")
     before, said.disabled = said.disabled, True  # the reason is in the error, in one line
     try:
-        return get_object(name)
+        with unheard():
+            return get_object(name)
     except Exception as error:
         reason = error.__cause__ or error
-        raise ConfigError(
-            f"{key}: cannot import {name!r} ({str(reason).splitlines()[0]}). Give an importable path "
-            "package.module.Name; a package in the working directory is seen by `python -m clplat`."
-        ) from error
+        advice = (
+            f"Nothing can be written there: {ADVICE}."
+            if stopped_at_home(reason)
+            else "Give an importable path package.module.Name; a package in the working directory is seen by "
+            "`python -m clplat`."
+        )
+        raise ConfigError(f"{key}: cannot import {name!r} ({first_line(reason)}). {advice}") from error
     finally:
         said.disabled = before
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clplat.errors import first_line
 from clplat.tracking import charts, limits
 from clplat.tracking.base import TrackingError
 from clplat.tracking.limits import metric_key
@@ -18,7 +19,6 @@ from clplat.tracking.store import (
     check_server,
     database_path,
     default_uri,
-    first_line,
     open_store,
 )
 from clplat.tracking.view import Shown
@@ -174,12 +174,13 @@ def _judge(spill: Path, lines: list[dict[str, Any]]) -> None:
             inside(spill.parent, line["path"])
 
 
-def sync(folder: str | Path, uri: str | None = None) -> int:
+def sync(folder: str | Path, uri: str | None = None, show: Callable[[str], object] = log.debug) -> int:
     """Send what earlier runs in `folder` could not send. Values that had arrived after all are not logged twice.
 
     Args:
         folder: of the run, with its `unsent.jsonl`.
-        uri: the store; None for the one that the run was logged to.
+        uri: the store of the run that goes on; None for the one that the file names.
+        show: is called with the store's address before anything is sent.
 
     Returns:
         The number of values, files and tags that were waiting; 0 if nothing was.
@@ -194,7 +195,7 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
     if torn:
         log.warning("%s is damaged in line %s; the rest of it is sent.", spill, ", ".join(map(str, torn)))
     if lines:
-        _send(lines, spill, uri)
+        _send(lines, spill, uri, show)
     if torn:
         spill.replace(spill.with_suffix(".damaged"))
     else:
@@ -202,15 +203,23 @@ def sync(folder: str | Path, uri: str | None = None) -> int:
     return len(lines)
 
 
-def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None) -> None:
+def _send(lines: list[dict[str, Any]], spill: Path, uri: str | None, show: Callable[[str], object]) -> None:
     _judge(spill, lines)
-    store = absolute_uri(uri or lines[0]["uri"])
+    named = absolute_uri(lines[0]["uri"])
+    store = absolute_uri(uri or named)
+    database = database_path(named)
+    if store != named and (database is None or database.exists()):  # a database that is gone may have moved
+        raise TrackingError(
+            f"{spill} waits for the store {named}, and this run logs to {store}: send it with "
+            f"`clplat sync {spill.parent}`, or take the file away; then start again."
+        )
     database = database_path(store)
     if database is not None and not database.exists():
         here = database_path(default_uri())
         if here is None or not here.exists():
             check_file(store)
         store = default_uri()
+    show(store)
     check_server(store)
     runs: dict[str, list[dict[str, Any]]] = {}
     for line in lines:

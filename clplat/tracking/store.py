@@ -153,8 +153,3 @@ def open_experiment(client: MlflowClient, name: str, uri: str) -> str:
             f"The MLflow experiment {name!r} was deleted: restore it, or choose another one with tracking.experiment=..."
         )
     return found.experiment_id
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message, its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -252,6 +252,23 @@ def test_sync_makes_no_store_and_sends_to_one(mark: Path) -> None:
     assert not mark.exists()
 
 
+def test_sync_shows_where_it_sends_to_before_it_does(mark: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"uri": "http://127.0.0.1:9", "run_id": "r", "kind": "tag", "key": "a", "value": "b"}
+    (mark.parent / "unsent.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["sync", str(mark.parent)]) == 1  # nobody answers there
+    assert capsys.readouterr().out == f"{mark.parent}: sends to http://127.0.0.1:9\n"
+
+
+def test_a_run_that_goes_on_sends_to_no_other_store_than_its_own(mark: Path) -> None:
+    line = {"uri": "http://127.0.0.1:9", "run_id": "r", "kind": "tag", "key": "a", "value": "b"}
+    spill = mark.parent / "unsent.jsonl"
+    spill.write_text(json.dumps(line) + "\n")
+    shown: list[str] = []
+    with pytest.raises(TrackingError, match=r"waits for the store http://127\.0\.0\.1:9, and this run logs to http"):
+        mlflow_run.sync(mark.parent, "http://127.0.0.1:8", shown.append)
+    assert not shown and spill.exists()
+
+
 @pytest.mark.parametrize(
     "uri",
     ["http://bob:hunter2@h:5", "https://hunter2@h", "postgresql://bob:hunter2@h/db", "mysql://h/db?password=hunter2"],

@@ -1,5 +1,8 @@
 """Avalanche's benchmarks as streams: what is read at once equals what Avalanche reads one by one."""
 
+import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -324,3 +327,17 @@ def test_streams_that_do_not_fit_each_other_are_refused():
         from_avalanche(benchmark_from_datasets(train=sets, test=sets[:2]))
     with pytest.raises(StreamError, match="one task label an experience"):
         from_avalanche(benchmark_from_datasets(train=sets, test=sets), scenario="task_incremental")
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_trained_from_the_command_line_in_a_fresh_process(root, tmp_path):
+    """Beside a torchvision of which the operators may not load: nothing was imported before, unlike in these tests."""
+    benchmark = "stream.benchmark._target_=avalanche.benchmarks.SplitMNIST"
+    given = ("+stream.benchmark.n_experiences=2", f"+stream.benchmark.dataset_root={root}", "strategy=finetune")
+    short = ("training.epochs=1", "tracking=none", "threads=1", "progress=false")
+    command = [sys.executable, "-m", "clplat", "train", "stream=avalanche", benchmark, *given, *short]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["metrics"]["average"] is not None
+    assert "2 experiences (class-incremental) of 20" in done.stdout
