@@ -148,6 +148,7 @@ def cases() -> tuple[Case, ...]:
             prefix = f"strategy.{name}" if group == "strategy" else group
             found += _below(prefix, _shipped(group, name), _chosen(group, name))
     root = OmegaConf.load(catalogue.CONF / "train.yaml")
+    assert isinstance(root, DictConfig)
     plain = OmegaConf.create(
         {k: root[k] for k in root if k not in ("defaults", "hydra", "resume", "debug", "output_dir")}
     )
@@ -334,8 +335,8 @@ def _below(prefix: str, node: DictConfig | ListConfig, chosen: tuple[str, ...]) 
         for text in PARTIALS:
             key = f"{prefix}._partial_"
             yield Case(_with(chosen, key, text), key, text, node.get("_partial_"), "partial")
-    for name in node:
-        key = f"{prefix}.{name}" if prefix else str(name)
+    for name in map(str, node):
+        key = f"{prefix}.{name}" if prefix else name
         shipped = _plain(node._get_node(name))
         if name == "_target_":
             yield from (Case(_with(chosen, key, text), key, text, shipped, "target") for text in TARGETS)
