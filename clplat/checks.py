@@ -6,7 +6,22 @@ puts the rest of the key before it ("strategy.ewc.strength: ...").
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+LAYERS = 1_000
+"""The most layers of a net."""
+
+EXPERIENCES = 10_000
+"""The most experiences of a generated stream: each is made before the first step."""
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: as Python writes it, with the middle left out where it is long."""
+    short = reprlib.Repr()  # takes no arguments before Python 3.12
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlist = short.maxdict = 12
+    return short.repr(value)
 
 
 def one_of(name: str, given: object, allowed: Sequence[object]) -> None:
@@ -16,7 +31,7 @@ def one_of(name: str, given: object, allowed: Sequence[object]) -> None:
         ValueError: names all that are allowed.
     """
     if given not in allowed:
-        raise ValueError(f"{name}: got {given!r}, allowed are {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name}: got {shown(given)}, allowed are {', '.join(map(repr, allowed))}.")
 
 
 def at_least(least: float, hint: str = "", /, **given: float | None) -> None:

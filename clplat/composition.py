@@ -181,10 +181,10 @@ class Composite(Strategy):
 
 @contextmanager
 def _noting(name: str) -> Iterator[None]:
-    """Note on an error which strategy refuses: its message begins with its option's name alone."""
+    """Note on an error which strategy refuses: the message of a ValueError begins with an option's name."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError) as error:
         error.add_note(f"strategy.{name}")
         raise
 

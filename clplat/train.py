@@ -148,15 +148,18 @@ def trained(cfg: DictConfig, folder: Path, names: Names, state: dict[str, Any] |
         if state is not None:
             _take_up(run, state, folder / resume.file_name(cfg.resume))
         run.begin()
-    _begin_folder(folder, OmegaConf.to_yaml(cfg, resolve=True), new=state is None)
     try:
+        _begin_folder(folder, OmegaConf.to_yaml(cfg, resolve=True), new=state is None)
         notes["run_id"] = parts.tracker.start(names, plain, parts.stream, run_id=run_id or None)
-    except UserError:
+        if names.sweep is None:
+            _announce(cfg, names, run, folder)
+    except (UserError, signals.Stopped) as error:
+        if isinstance(error, signals.Stopped):
+            with signals.ending():
+                parts.tracker.close("KILLED")
         if state is None:
             report.forget(folder)
         raise
-    if names.sweep is None:
-        _announce(cfg, names, run, folder)
     try:
         run.go()
         metrics = _finish(run, parts, cfg, names, folder)

@@ -67,7 +67,7 @@ class Lagrangian(Strategy):
     ) -> None:
         super().__init__()
         checks.at_least(0, "0 is finetuning", capacity=capacity)
-        checks.at_least(0, rho=rho, multiplier=multiplier)
+        checks.at_least(0, rho=rho, multiplier=multiplier, threshold=threshold, slack=slack)
         checks.at_least(1, "capacity=0 replays nothing", rows=rows)
         checks.at_least(multiplier, "the multiplier; null for none", largest=largest)
         self.rows, self.rho, self.multiplier, self.largest = rows, rho, multiplier, largest

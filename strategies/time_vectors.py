@@ -50,6 +50,7 @@ class TimeVectors(Strategy):
         super().__init__()
         checks.one_of("merge", merge, MERGES)
         checks.one_of("start", start, STARTS)
+        checks.within(0, 1, share=share)
         if merge == "none" and scale != 1:
             raise ValueError(f"scale: got {scale} with merge 'none', which combines nothing: set it to 1.")
         self.merge, self.start, self.share, self.scale = merge, start, share, scale

@@ -24,7 +24,7 @@ def assert_same(whole: Path, cut: Path) -> None:
 
 def _say_unlike(whole: Path, cut: Path) -> int:
     found = list(unlike(left(whole), left(cut)))
-    print("\n".join(found))
+    print("\n".join(found), flush=True)
     return int(bool(found))
 
 
@@ -33,7 +33,8 @@ def left(folder: Path) -> dict[str, Any]:
     state = checkpoint.load(folder / checkpoint.LAST)
     assert state["complete"]
     config, run_id = state["notes"]["config"], state["notes"].pop("run_id")
-    config.pop("resume")
+    for key in ("resume", "output_dir"):  # given anew
+        config.pop(key)
     found: dict[str, Any] = {"names": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))}
     found |= {"checkpoint": state, "files": _contents(folder)}
     return found | ({"store": _stored(config["tracking"]["uri"], run_id)} if run_id else {})
@@ -46,14 +47,14 @@ def _contents(folder: Path) -> dict[str, Any]:
     return {p.name: dict(np.load(p)) if p.suffix == ".npz" else p.read_bytes() for p in paths}
 
 
-def _stored(uri: str, run_id: str) -> dict[str, Any]:
+def _stored(uri: str | None, run_id: str) -> dict[str, Any]:
     """What MLflow has of a run: of times only how many there are, of tags only which.
 
     The tag of the charts' lines is left out: of two runs that are the same, only the newer one has it.
     """
-    from clplat.tracking.store import open_store
+    from clplat.tracking.store import default_uri, open_store
 
-    client = open_store(uri)
+    client = open_store(uri or default_uri())
     run = client.get_run(run_id)
     histories = {k: sorted((m.step, m.value) for m in client.get_metric_history(run_id, k)) for k in run.data.metrics}
     return {

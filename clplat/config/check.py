@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from clplat.config.kinds import Built, misfit
+from clplat.checks import shown
+from clplat.config.kinds import Built, misfit, whole
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.renamed import KEYS, path_now
 from clplat.config.trust import judge
@@ -32,8 +33,12 @@ MANY_THREADS = 256
 BUILT = ("stream", "learner", "objective", "optimizer", "schedule", "training", "evaluation", "trainer", "tracking")
 """Groups of which one option is chosen and built."""
 
+_OBJECTS = ("stream", "training", "evaluation", "trainer", "tracking")  # the others may be functions that make one
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 _LARGEST = 2**63
+
+MANY = 2**31 - 1
+"""What is counted may not be more: no memory holds it, and no kernel counts further."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -88,10 +93,12 @@ def _nodes(path: str, node: DictConfig | ListConfig) -> Iterable[tuple[str, Dict
         if OmegaConf.is_missing(node, key):
             raise ConfigError(f"{where}: no value given, and it has no default: set {where}=...")
         child = node[key]
+        if key == "_partial_" and not isinstance(child, bool):
+            raise ConfigError(f"{where}: got {shown(plain(child))}, expected true or false.")
         if isinstance(child, (DictConfig, ListConfig)):
             yield from _nodes(where, child)
         elif isinstance(child, int) and not -_LARGEST <= child < _LARGEST:
-            raise ConfigError(f"{where}: got {child}, a whole number must fit into 64 bits.")
+            raise ConfigError(f"{where}: got {shown(child)}, a whole number must fit into 64 bits.")
         elif isinstance(child, float) and not math.isfinite(child):
             raise ConfigError(f"{where}: got {child}, it must be a finite number.")
 
@@ -102,6 +109,8 @@ def _check_learner(node: DictConfig) -> None:
     hints = {"head": str, **_hints(Learner)}
     allowed = [key for key in hints if key == "net" or key not in (*root_keys(), "return")]
     _known("learner", node, allowed)
+    for key in {"net", "head"} - set(node):
+        raise ConfigError(f"learner.{key}: it was taken out and has no default: leave it in.")
     for key in node:
         _fits(f"learner.{key}", node[key], hints[str(key)])
 
@@ -122,10 +131,15 @@ def _check_strategy(node: DictConfig | None) -> None:
 def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
     """Check the keys and values of a call; note in `filled` how many arguments the makers among them will be given."""
     target = _imported(f"{path}._target_", node._target_)
+    if path in _OBJECTS or re.fullmatch(r"strategy\.\w+", path):
+        _refuse_partial(path, node)
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # some builtins have no signature
         return
+    needed = [n for n, p in list(parameters.items())[: filled.get(path, 0)] if p.default is p.empty]
+    if needed and not node.get("_partial_"):
+        raise ConfigError(f"{path}._partial_: expected true, since clplat fills in {' and '.join(needed)}.")
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     allowed = [n for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL]
@@ -136,7 +150,15 @@ def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
     for key in map(str, node):
         if key in hints:
             _note_makers(_join(path, key), node[key], hints[key], filled)
+            if inspect.isclass(hints[key]):
+                _refuse_partial(_join(path, key), node[key])
             _fits(_join(path, key), node[key], hints[key])
+
+
+def _refuse_partial(path: str, node: Any) -> None:
+    """Refuse what would be a function where an object is wanted."""
+    if isinstance(node, DictConfig) and node.get("_partial_"):
+        raise ConfigError(f"{path}._partial_: got true, and an object is wanted here: leave it out.")
 
 
 def _imported(key: str, name: str) -> Any:
@@ -197,9 +219,12 @@ def _fits(path: str, value: Any, hint: Any) -> None:
     wrong = misfit(plain(value), hint)
     if wrong is not None:
         where = path + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in wrong.path)
-        raise ConfigError(f"{where}: got {wrong.given!r}, expected {wrong.expected}.")
-    if re.search(r"(^|_)seed$", path.rpartition(".")[2]) and isinstance(value, int) and value < 0:
-        raise ConfigError(f"{path}: got {value}, a seed must be at least 0.")
+        raise ConfigError(f"{where}: got {shown(wrong.given)}, expected {wrong.expected}.")
+    if re.search(r"(^|_)seed$", path.rpartition(".")[2]):
+        if isinstance(value, int) and value < 0:
+            raise ConfigError(f"{path}: got {value}, a seed must be at least 0.")
+    elif (most := max(map(abs, whole(plain(value), hint)), default=0)) > MANY:
+        raise ConfigError(f"{path}: got {value}, a whole number here may be at most {MANY} ({most} is more).")
 
 
 def plain(node: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -80,6 +80,22 @@ def misfit(value: Any, hint: Any) -> Misfit | None:
             given = given[key]
         return Misfit(place, given, " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names))
     return None
+
+
+def whole(value: Any, hint: Any) -> Iterator[int]:
+    """The whole numbers in a value that fits its hint; none where the hint takes any number, which needs no end."""
+    if float not in _flat(hint):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for part in parts:
+            yield from whole(part, hint)
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield value
+
+
+def _flat(hint: Any) -> Iterator[Any]:
+    yield hint
+    for part in typing.get_args(hint):
+        yield from _flat(part)
 
 
 @cache

@@ -50,7 +50,7 @@ def refusing(cfg: DictConfig, key: str = "") -> Iterator[None]:
     Raises:
         ConfigError: names the key that was refused.
     """
-    refusals = (UserError, ValueError, OmegaConfBaseException, *([TypeError] if key else []))
+    refusals = (UserError, ValueError, OmegaConfBaseException, OverflowError, *([TypeError] if key else []))
     try:
         yield
     except InstantiationException as error:
@@ -59,15 +59,42 @@ def refusing(cfg: DictConfig, key: str = "") -> Iterator[None]:
         raise _refusal(cfg, where[1] if where else key, cause) from error
     except refusals as error:
         raise _refusal(cfg, key, error) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _too_large(error):
+            raise
+        raise _refusal(cfg, key, error) from error
 
 
 def _refusal(cfg: DictConfig, key: str, error: BaseException) -> BaseException:
     # A strategy that refuses what it is set up for is named by a note (`clplat.composition`).
     note = next((n for n in getattr(error, "__notes__", []) if n.startswith("strategy.")), None)
     line = (str(error) or type(error).__name__).splitlines()[0]
+    if _too_large(error):
+        place = note or key
+        place, most = max(_numbers(OmegaConf.select(cfg, place) if place else cfg, place), key=lambda found: found[1])
+        size = re.search(r"allocate (\d+)", line, re.IGNORECASE)
+        needed = f"{int(size[1]) / 1e9:,.1f} GB at once" if size else "more than can be counted"
+        return ConfigError(f"{place}: got {most}, which needs {needed}: more than there is, make it smaller.")
     if isinstance(error, UserError) and (note is None or not _OPTION.match(line)):
         return error
     return ConfigError(whole_key(cfg, note or key, line))
+
+
+def _too_large(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | OverflowError) or bool(
+        re.search("allocate|Storage size calculation|out of memory", str(error))
+    )
+
+
+def _numbers(node: Any, path: str) -> Iterator[tuple[str, int | float]]:
+    """Every number below a node but seeds, with its key; the node's own key with 0 comes first."""
+    yield path, 0
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node)) if isinstance(node, ListConfig) else []
+    for key in keys:
+        below = f"{path}.{key}" if path else str(key)
+        if isinstance(node[key], int | float) and not isinstance(node[key], bool) and not str(key).endswith("seed"):
+            yield below, node[key]
+        yield from _numbers(node[key], below)
 
 
 def whole_key(cfg: DictConfig, key: str, line: str) -> str:

@@ -15,12 +15,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from clplat.checks import shown
 from clplat.config.bases import base
 from clplat.config.refusing import ConfigError
 
@@ -61,7 +63,7 @@ def judge(cfg: DictConfig, imported: Callable[[str, str], Any]) -> None:
     """
     for path, name in named(cfg):
         if not may_be_imported(name):
-            raise ConfigError(f"{path}: {name!r} is no name that a configuration may use here. {_ADVICE}.")
+            raise ConfigError(f"{path}: {shown(name)} is no name that a configuration may use here. {_ADVICE}.")
     for key in cfg:
         child = cfg._get_node(key)
         if isinstance(child, DictConfig | ListConfig):
@@ -112,10 +114,17 @@ def _own(name: str) -> bool:
     where = [] if found is None else [found.origin or "", *(found.submodule_search_locations or [])]
     if not any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in where):
         return True
-    makers = importlib.metadata.packages_distributions().get(root, [])
+    makers = _distributions().get(root, [])
     return not {_plain(maker) for maker in makers} & _needed()
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """The distributions that install each first name; reading all of them takes a second."""
+    return importlib.metadata.packages_distributions()
+
+
+@cache
 def _needed() -> set[str]:
     """Every distribution that clplat depends on, directly or not, and those that install others."""
     seen: set[str] = {"pip", "setuptools", "wheel"}

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError
 
 from clplat.catalogue import CONF, groups, options
+from clplat.checks import shown
 from clplat.config.refusing import ConfigError, nearest, root_keys
 from clplat.config.resume import find
 
@@ -45,6 +46,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     words, paths = [], {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if digits := re.search(r"\d{4000,}", value):  # Python reads no longer ones
+            raise ConfigError(f"{key}: got a number of {len(digits[0])} digits, a whole number must fit into 64 bits.")
         if key in groups() and equals and not _may_be_chosen(value):
             if value == "null" and key == "experiment":  # the default
                 continue
@@ -156,7 +159,7 @@ def _readable(key: str, value: str) -> str:
         if not _SIGNS.search(value):
             return quoted(value)
         raise ConfigError(
-            f"{key.lstrip('+~')}: cannot read {value!r:.80}: put text in two kinds of quotes, as in "
+            f"{key.lstrip('+~')}: cannot read {shown(value)}: put text in two kinds of quotes, as in "
             f"{key}=\"'...'\"; lists are [a,b], mappings {{a:1}}."
         ) from error
     return value
@@ -199,4 +202,5 @@ def _may_be_chosen(value: str) -> bool:
 
 def _unknown(group: str, name: str) -> str:
     known = options(CONF / group)
-    return f"{group}={name}: unknown{nearest(name, known)} Allowed: {', '.join(known)}."
+    given = name if len(name) < 80 else shown(name)
+    return f"{group}={given}: unknown{nearest(name, known)} Allowed: {', '.join(known)}."

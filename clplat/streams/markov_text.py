@@ -52,7 +52,8 @@ def markov_text(
         order_seed: of the sources.
         data_seed: of the documents.
     """
-    checks.at_least(1, experiences=experiences, document=document, train_size=train_size, test_size=test_size)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
+    checks.at_least(1, document=document, train_size=train_size, test_size=test_size)
     checks.at_least(1, bptt=bptt, rows=rows, test_rows=test_rows)
     checks.at_least(0, valid_size=valid_size)
     parts = []

@@ -102,7 +102,8 @@ def mqar(
     Raises:
         ValueError: a vocabulary or a length that does not fit the pairs.
     """
-    checks.at_least(1, experiences=experiences, pairs=pairs)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
+    checks.at_least(1, pairs=pairs)
     checks.above(0, power=power)
     if vocabulary % 2 or pairs >= vocabulary // 2:
         raise ValueError(f"vocabulary: got {vocabulary}, it must be even and above {2 * pairs} for {pairs} pairs.")

@@ -65,7 +65,8 @@ def parity(
         test_size: sequences to test on.
         data_seed: of the sequences.
     """
-    checks.at_least(1, first=first, experiences=experiences)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
+    checks.at_least(1, first=first)
     checks.at_least(0, step=step)
     parts = []
     for index in range(experiences):

@@ -65,7 +65,7 @@ def permuted(
         ValueError: steps or rows of inputs that have none.
         StreamError: a source whose sequences have lengths of their own.
     """
-    checks.at_least(1, experiences=experiences)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
     checks.one_of("permute", permute, ("pixels", "rows", "steps"))
     source.need_one_length("a permutation")
     laid = source.laid_out(layout)

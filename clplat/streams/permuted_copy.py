@@ -82,7 +82,8 @@ def permuted_copy(
         data_seed: of the patterns.
     """
     input_steps = pattern_steps if input_steps is None else input_steps
-    checks.at_least(1, experiences=experiences, pattern_steps=pattern_steps, width=width)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
+    checks.at_least(1, pattern_steps=pattern_steps, width=width)
     checks.at_least(pattern_steps, "pattern_steps", input_steps=input_steps)
     pieces = {"steps": pattern_steps, "channels": width, "bits": pattern_steps * width}
     checks.one_of("permute", permute, tuple(pieces))

@@ -82,7 +82,8 @@ def selective_copy(
         test_size: sequences to test on.
         data_seed: of the sequences.
     """
-    checks.at_least(1, experiences=experiences, tokens=tokens)
+    checks.within(1, checks.EXPERIENCES, experiences=experiences)
+    checks.at_least(1, tokens=tokens)
     checks.at_least(3, "blank, marker and content", vocabulary=vocabulary)
     checks.at_least(0, blanks=blanks)
     checks.one_of("relabel", relabel, ("all", "inputs"))

@@ -134,7 +134,13 @@ def generated_sets(
     valid_size: int = 0,
     task: int | None = None,
 ) -> tuple[GeneratedData, GeneratedData | None, GeneratedData]:
-    """Training, validation (None for size 0) and test set of one generator, with keys of their own."""
+    """Training, validation (None for size 0) and test set of one generator, with keys of their own.
+
+    Raises:
+        ValueError: a size below 1, or a validation set's below 0.
+    """
+    checks.at_least(1, train_size=train_size, test_size=test_size)
+    checks.at_least(0, "0 for no such set", valid_size=valid_size)
     train, valid, test = (
         GeneratedData(generate, size, set_key(data_seed, name, split), task) if size or split != "valid" else None
         for split, size in (("train", train_size), ("valid", valid_size), ("test", test_size))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.learners.mixers.mixer import Mixer, State
 from clplat.learners.mixers.norms import head_width
 
@@ -54,6 +55,7 @@ class Attention(Mixer):
     def __init__(self, features: int, hidden: int, heads: int = 4, causal: bool = True, base: float = 10_000.0) -> None:
         super().__init__()
         head_width(hidden, heads, parts=2)  # rotary positions turn pairs of features
+        checks.above(0, base=base)
         self.width, self.heads, self.causal, self.base = hidden, heads, causal, base
         self.project = nn.Linear(features, 3 * hidden, bias=False)  # queries, keys, values
         self.out = nn.Linear(hidden, hidden, bias=False)

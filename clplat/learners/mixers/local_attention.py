@@ -56,6 +56,7 @@ class LocalAttention(Mixer):
         if key_heads < 1 or heads % key_heads:
             raise ValueError(f"key_heads: got {key_heads} with heads={heads}; it must divide heads: change either.")
         checks.at_least(1, "the current step", window=window)
+        checks.above(0, base=base)
         self.width, self.heads, self.window, self.key_heads, self.base = hidden, heads, window, key_heads, base
         self.queries = nn.Linear(features, hidden, bias=False)
         self.keys_values = nn.Linear(features, 2 * key_heads * (hidden // heads), bias=False)

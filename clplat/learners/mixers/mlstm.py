@@ -61,7 +61,7 @@ class MLSTM(Mixer):
         depth: int = 2,
     ) -> None:
         super().__init__()
-        checks.at_least(1, expansion=expansion, block=block, depth=depth)
+        checks.at_least(1, expansion=expansion, conv=conv, block=block, depth=depth)
         inner = expansion * hidden
         head_width(inner, heads, name="expansion * hidden")
         if inner % block:

@@ -44,6 +44,7 @@ class RetNet(Mixer):
         super().__init__()
         head_width(hidden, heads, parts=2)
         checks.at_least(1, expansion=expansion)
+        checks.above(0, base=base)
         self.width, self.heads, self.base = hidden, heads, base
         self.sizes = [hidden, hidden, expansion * hidden, expansion * hidden]
         self.project = nn.Linear(features, sum(self.sizes), bias=False)  # queries, keys, values, gate

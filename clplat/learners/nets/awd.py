@@ -65,8 +65,11 @@ def awd(
         ValueError: inputs without a time axis; `tied` where classes are not the tokens, or a task has a head of its own.
     """
     inputs.need_time("An AWD net")
-    checks.at_least(1, hidden=hidden, layers=layers, embedding=embedding)
+    checks.at_least(1, hidden=hidden, embedding=embedding)
+    checks.within(1, checks.LAYERS, layers=layers)
     checks.at_least(0, activation=activation, temporal_activation=temporal_activation)
+    drops = {"embedding_dropout": embedding_dropout, "input_dropout": input_dropout, "output_dropout": output_dropout}
+    checks.within(0, 1, below=True, dropout=dropout, **drops)
     if tied and inputs.vocabulary is None:
         raise ValueError("tied: got true on float inputs, which have no embedding: set tied=false.")
     tied_head = head(embedding) if tied else None
