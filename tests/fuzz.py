@@ -148,10 +148,7 @@ def cases() -> tuple[Case, ...]:
             prefix = f"strategy.{name}" if group == "strategy" else group
             found += _below(prefix, _shipped(group, name), _chosen(group, name))
     root = OmegaConf.load(catalogue.CONF / "train.yaml")
-<<<<<<< HEAD
-=======
     assert isinstance(root, DictConfig)
->>>>>>> w/fuzz
     plain = OmegaConf.create(
         {k: root[k] for k in root if k not in ("defaults", "hydra", "resume", "debug", "output_dir")}
     )
