@@ -12,6 +12,9 @@ from collections.abc import Sequence
 LAYERS = 1_000
 """The most layers of a net."""
 
+WIDTH = 100_000
+"""The most features of a hidden layer: its square is the weights of a matrix."""
+
 EXPERIENCES = 10_000
 """The most experiences of a generated stream: each is made before the first step."""
 

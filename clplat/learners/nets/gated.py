@@ -53,7 +53,8 @@ def gated(
         pooling: "last" or "mean", see `Net`.
     """
     inputs.need_time("A gated net")
-    checks.at_least(1, hidden=hidden, expansion=expansion)
+    checks.within(1, checks.WIDTH, hidden=hidden)
+    checks.at_least(1, expansion=expansion)
     checks.within(1, checks.LAYERS, layers=layers)
     checks.one_of("activation", activation, tuple(ACTIVATIONS))
     if not mixers:
@@ -88,7 +89,7 @@ def hgrn(
         norm: "layer", or "rms", which costs about a tenth more time on a CPU.
         pooling: "last" or "mean", see `Net`.
     """
-    checks.at_least(1, hidden=hidden)
+    checks.within(1, checks.WIDTH, hidden=hidden)
     checks.within(1, checks.LAYERS, layers=layers)
     bounds = LowerBounds(layers, hidden)
     return gated(

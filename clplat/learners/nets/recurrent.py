@@ -64,7 +64,8 @@ def recurrent(
         embedding: width of the token embedding, None for `hidden`. Not read for float inputs.
     """
     inputs.need_time("A recurrent net")
-    checks.at_least(1, hidden=hidden, embedding=embedding)
+    checks.within(1, checks.WIDTH, hidden=hidden)
+    checks.at_least(1, embedding=embedding)
     checks.within(1, checks.LAYERS, layers=layers)
     checks.within(0, 1, below=True, dropout=dropout)
     if dropout and layers == 1:

@@ -165,7 +165,7 @@ def residual(
         pooling: "last" or "mean", see `Net`.
     """
     inputs.need_time("A residual net")
-    checks.at_least(1, hidden=hidden)
+    checks.within(1, checks.WIDTH, hidden=hidden)
     checks.within(1, checks.LAYERS, layers=layers)
     checks.at_least(0, expansion=expansion)
     dense = partial(Dense, expansion=expansion) if expansion else None
