@@ -11,6 +11,10 @@ import torch
 from lives import code_of, forked
 
 from clplat import checkpoint
+from clplat.tracking.store import default_uri, open_store
+
+ADDRESSES = ("resume", "output_dir")
+"""Keys that may be given anew when a run is resumed, and say where it lies."""
 
 
 def assert_same(whole: Path, cut: Path) -> None:
@@ -33,11 +37,11 @@ def left(folder: Path) -> dict[str, Any]:
     state = checkpoint.load(folder / checkpoint.LAST)
     assert state["complete"]
     config, run_id = state["notes"]["config"], state["notes"].pop("run_id")
-    for key in ("resume", "output_dir"):  # given anew
+    for key in ADDRESSES:
         config.pop(key)
     found: dict[str, Any] = {"names": sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))}
     found |= {"checkpoint": state, "files": _contents(folder)}
-    return found | ({"store": _stored(config["tracking"]["uri"], run_id)} if run_id else {})
+    return found | ({"store": _stored(config["tracking"]["uri"] or default_uri(), run_id)} if run_id else {})
 
 
 def _contents(folder: Path) -> dict[str, Any]:
@@ -52,17 +56,15 @@ def _stored(uri: str | None, run_id: str) -> dict[str, Any]:
 
     The tag of the charts' lines is left out: of two runs that are the same, only the newer one has it.
     """
-    from clplat.tracking.store import default_uri, open_store
-
-    client = open_store(uri or default_uri())
+    client = open_store(uri)
     run = client.get_run(run_id)
     histories = {k: sorted((m.step, m.value) for m in client.get_metric_history(run_id, k)) for k in run.data.metrics}
     return {
         "status": run.info.status,
         "metrics": {k: len(v) if k.endswith("_seconds") else v for k, v in histories.items()},
-        "params": {k: v for k, v in run.data.params.items() if k != "resume"},
+        "params": {k: v for k, v in run.data.params.items() if k not in ADDRESSES},
         "tags": sorted(run.data.tags.keys() - {"line"}),
-        "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),
+        "inputs": sorted((i.dataset.name, i.dataset.digest) for i in (run.inputs.dataset_inputs if run.inputs else [])),
         "artifacts": sorted(a.path for a in client.list_artifacts(run_id)),
     }
 

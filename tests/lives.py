@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,14 +46,17 @@ def forked(work: Callable[[], int], out: Path) -> int:
     child = os.fork()
     if child:
         return child
-    with contextlib.suppress(BaseException), out.open("w") as file:
+    with contextlib.suppress(BaseException), out.open("w") as file:  # a child never returns to the caller
         for number in CODES:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         warnings.resetwarnings()  # a process of its own has none of the test's filters
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-        os._exit(work())
+        try:
+            os._exit(work())
+        except BaseException:
+            traceback.print_exc()
     os._exit(99)
 
 
