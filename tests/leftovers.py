@@ -51,7 +51,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     return {p.name: dict(np.load(p)) if p.suffix == ".npz" else p.read_bytes() for p in paths}
 
 
-def _stored(uri: str | None, run_id: str) -> dict[str, Any]:
+def _stored(uri: str, run_id: str) -> dict[str, Any]:
     """What MLflow has of a run: of times only how many there are, of tags only which.
 
     The tag of the charts' lines is left out: of two runs that are the same, only the newer one has it.

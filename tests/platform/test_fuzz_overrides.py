@@ -29,13 +29,13 @@ def faults(number: int, seed: int) -> list[str]:
 
 
 def test_overrides_drawn_at_random_are_refused_by_name_or_harmless() -> None:
-    assert faults(16, seed=20) == []
+    assert faults(8, seed=20) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_many_overrides_drawn_at_random_are_refused_by_name_or_harmless(seed: int) -> None:
-    assert faults(700, seed) == []
+def test_many_overrides_drawn_at_random_are_refused_by_name_or_harmless() -> None:
+    """A hundred; `benchmarks/faults.py overrides` tries as many as wanted."""
+    assert faults(100, seed=1) == []
 
 
 def test_the_same_seed_draws_the_same_cases_of_every_group() -> None:
