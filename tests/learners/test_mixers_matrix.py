@@ -432,7 +432,7 @@ def test_norms() -> None:
         (lambda: RetNet(D, H, expansion=0), "expansion: got 0"),
         (lambda: MLSTM(D, H, heads=5), r"heads: got 5 with expansion \* hidden=32"),
         (lambda: MLSTM(D, H, block=5), "block: got 5"),
-        (lambda: MLSTM(D, H, conv=0), "size: got 0"),
+        (lambda: MLSTM(D, H, conv=0), "conv: got 0"),
         (lambda: RWKV6(D, H, heads=3), "heads: got 3 with hidden=16"),
         (lambda: RWKV6(D, H, place=1.0), "place: got 1.0"),
         (lambda: RWKV6(D, H, mix_rank=0), "mix_rank: got 0"),
