@@ -27,7 +27,8 @@ SERIAL_BELOW = 1 << 20
 ROWS = 16
 """Rows of a job at most, a multiple of 4."""
 
-_HELPER: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy"}
+# forceinline: see `clplat.kernels.diagonal_cpu`.
+_HELPER: dict[str, Any] = {"fastmath": FASTMATH, "error_model": "numpy", "forceinline": True}
 
 
 def forward(

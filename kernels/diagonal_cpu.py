@@ -22,8 +22,13 @@ OPTIONS: dict[str, Any] = {
     "nogil": True,
     "fastmath": FASTMATH,
     "error_model": "numpy",
+    "forceinline": True,
 }
-"""Python's error model tests each divisor for zero, and what can raise is not vectorised."""
+"""Python's error model tests each divisor for zero, and what can raise is not vectorised.
+
+All code of a kernel is in the kernel: a function that it calls would be the one compiled beside it in the process that
+compiles it, and the kernel's own copy in those that read the cache; the two may round differently.
+"""
 MODES = {"min_gru": 1, "min_lstm": 2, "rg_lru": 3, "hgrn": 4}
 SERIAL_BELOW = 65_536
 """Elements below which a team of threads costs more than it saves."""
@@ -31,7 +36,7 @@ WIDEST_SLAB = 4096
 """Channels a job works on: several rows of scratch stay in the first two caches."""
 
 
-@njit(**OPTIONS, forceinline=True)
+@njit(**OPTIONS)
 def _share(f: Any, i: Any) -> Any:
     """sigmoid(f) / (sigmoid(f) + sigmoid(i)); with arguments swapped it is the rest to 1."""
     zero = number(0, f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,24 @@ def test_importing_compiled_kernels_leaves_every_file_as_it_is(tmp_path: Path) -
     modules = ", ".join(f"clplat.kernels.{p.stem}" for p in package.glob("*_cpu.py"))
     subprocess.run([sys.executable, "-B", "-c", f"import {modules}"], cwd=tmp_path, check=True, timeout=120)
     assert files() == before
+
+
+@pytest.mark.slow
+def test_the_process_that_compiles_a_kernel_computes_what_those_after_it_do(tmp_path: Path) -> None:
+    """Bit for bit: else a run that was killed in the first process would go on as another one."""
+    code = (
+        "import torch; torch.set_num_threads(1); torch.manual_seed(0)\n"
+        "from clplat.kernels.cells import slstm\n"
+        "from clplat.kernels.diagonal import rg_lru\n"
+        "x = [torch.randn(3, 40, 37, requires_grad=True) for _ in range(3)]\n"
+        "gates, u = torch.randn(3, 40, 1, 4, 37, requires_grad=True), torch.randn(1, 4, 37, 37) / 10\n"
+        "for y, leaves in ((rg_lru(*x, torch.rand(37))[0], x), (slstm(gates, u)[0], [gates])):\n"
+        "    for t in (y, *torch.autograd.grad(y.square().sum(), leaves)):\n"
+        "        print(t.detach().numpy().tobytes().hex())\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+        for _ in range(2)
+    )
+    assert first and first == second
