@@ -150,7 +150,7 @@ def _check_call(path: str, node: DictConfig, filled: dict[str, int]) -> None:
     for key in map(str, node):
         if key in hints:
             _note_makers(_join(path, key), node[key], hints[key], filled)
-            if inspect.isclass(hints[key]):
+            if inspect.isclass(hints[key]) and hints[key] is not Any:  # which is a class itself
                 _refuse_partial(_join(path, key), node[key])
             _fits(_join(path, key), node[key], hints[key])
 
