@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,17 @@ from clplat.settings import Evaluation, Training
 from clplat.signals import Stopped, ending, heeded_at_once
 from clplat.strategy import Strategy
 from clplat.tracking.base import NoTracker
+
+
+@pytest.fixture(autouse=True)
+def _none_is_ignored() -> Iterator[None]:
+    """As in a terminal: where tests run in the background, SIGINT and SIGHUP are ignored, and stay so."""
+    before = {number: signal.getsignal(number) for number in CODES}
+    for number in CODES:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Sends(Strategy):
