@@ -179,8 +179,11 @@ RENAMED: list[tuple[str, str]] = [
     (r"^params/((stream\.)+)as_$", r"params/\1layout"),
     (r"(\.blocks\.\d+)\.(expand|contract)\.", r"\1.dense.\2."),
     (r"^params/learner\.net\.readout$", "params/learner.net.pooling"),
-    (r"^/results/", "/results/all/"),
+    (r"^/results/(?!all/|seen/)", "/results/all/"),
     (r"^/seen_results/", "/results/seen/"),
+    (r"^metrics/accuracy/average$", "metrics/average accuracy"),
+    (r"^metrics/bits_per_token/average$", "metrics/average bits per token"),
+    (r"^metrics/accuracy_seen/average$", "metrics/average accuracy - seen classes"),
 ]
 """Patterns of keys that have another name since, and that name."""
 
@@ -188,6 +191,9 @@ GONE: list[str] = [
     r"^params/tracking\.uri$",
     r"^/format$",
     r"^/learner/strategy\.parts\.\w+\._extra_state/inputs/",  # of generative_replay, known from the stream
+    r"^params/tracking\.group_by$",
+    r"^metrics/\w+/experience_\d+$",  # curves have the experiences' names; R is compared in the checkpoint
+    r"^metrics/forgetting/average$",  # as summary/forgetting
 ]
 """Patterns of keys that are not there any more, or that differ from run to run."""
 
@@ -200,7 +206,11 @@ MOVED: dict[str, str] = {
 }
 """Classes and functions that are found elsewhere since."""
 
-NEW: list[str] = [r"^params/evaluation\.on$"]
+NEW: list[str] = [
+    r"^params/(evaluation\.on|stream\.normalize|sweep\.objective|tracking\.curves)$",
+    r"^/(data|terms)\b",
+    r"^metrics/(.* - \w+ (accuracy|bits per token)|forgetting|forgetting in .*|experiences learned)$",
+]
 """Patterns of keys that were not there before."""
 
 
