@@ -83,6 +83,16 @@ def within(low: float, high: float, hint: str = "", /, *, below: bool = False, *
             raise ValueError(f"{name}: got {value}, it must {bounds}{f' ({hint})' if hint else ''}.")
 
 
+def net_size(hidden: int, layers: int) -> None:
+    """Refuse a net without features or layers, and one that no memory holds.
+
+    Raises:
+        ValueError: names `hidden` or `layers`.
+    """
+    within(1, WIDTH, hidden=hidden)
+    within(1, LAYERS, layers=layers)
+
+
 def exactly_one(**given: object) -> None:
     """Refuse options of which not exactly one is given.
 

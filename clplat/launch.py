@@ -162,22 +162,20 @@ def _say_sweep(several: Sequence[Override], hydra_cfg: HydraConf) -> None:
 
 def _leave_out(cfg: DictConfig, several: Sequence[Override]) -> None:
     """Drop options of strategies that another run of the sweep has, and this one has not."""
-    others = {name for names in strategies(several) for name in names}
     parts = cfg.get("strategy")
-    if isinstance(parts, DictConfig):
-        for name in [
-            n for n in parts if n in others and isinstance(parts[n], DictConfig) and "_target_" not in parts[n]
-        ]:
-            with open_dict(parts):
+    if not isinstance(parts, DictConfig):
+        return
+    with open_dict(parts):
+        for name in {name for names in strategies(several) for name in names} & parts.keys():
+            if isinstance(parts[name], DictConfig) and "_target_" not in parts[name]:
                 del parts[name]
 
 
 def _check_named(cfg: DictConfig, chosen: Sequence[str]) -> None:
     """Refuse a strategy's yaml without the line that gives it a name among others."""
     parts = cfg.get("strategy")
-    nameless = [name for name in chosen if isinstance(parts, DictConfig) and name not in parts]
     if isinstance(parts, DictConfig) and "_target_" in parts:
-        name = nameless[0] if nameless else "NAME"
+        name = next((name for name in chosen if name not in parts), "NAME")
         raise ConfigError(
             f"strategy={name}: its yaml does not say where its options belong: make `# @package strategy.{name}` the "
             f"first line of strategy/{name}.yaml."

@@ -13,6 +13,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
 from clplat.config.refusing import ConfigError
+from clplat.config.words import quoted
 
 CHOSEN = ("hydra/launcher", "hydra/sweeper")
 """Groups of Hydra's own of which a file may choose an option."""
@@ -74,8 +75,7 @@ def guarded(words: Sequence[str]) -> list[str]:
     if not folder.is_dir():
         raise ConfigError(f"--config-dir: there is no folder {folder}.")
     Plugins.instance().register(OwnFiles)
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [*rest, f"hydra.searchpath=['own://{quoted}']"]
+    return [*rest, f"hydra.searchpath=[{quoted(f'own://{folder}')}]"]
 
 
 def _judge(file: str, name: str, read: ConfigResult) -> None:

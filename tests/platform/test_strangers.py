@@ -209,14 +209,14 @@ def test_a_yaml_calls_nothing(content: dict[str, Any], mark: Path, capsys: pytes
     [
         "${oc.env:A_SECRET}",
         "x${oc.env:A_SECRET}y",
-        "${${tracking.group_by[0]}:A_SECRET}",
+        "${${tracking.curves[0]}:A_SECRET}",
         "${oc.decode:'${oc.env:A_SECRET}'}",
     ],
 )
 def test_a_yaml_that_names_a_store_looks_nothing_up(
     looked_up: str, mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = {"tracking": {"uri": "http://127.0.0.1:9", "experiment": looked_up, "group_by": ["oc.env"]}}
+    content = {"tracking": {"uri": "http://127.0.0.1:9", "experiment": looked_up, "curves": ["oc.env"]}}
     assert main(["train", *QUICK, *experiment(mark, content)]) == 2
     out, err = capsys.readouterr()
     assert "names the store" in err and "hunter2" not in out + err

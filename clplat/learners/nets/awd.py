@@ -65,9 +65,8 @@ def awd(
         ValueError: inputs without a time axis; `tied` where classes are not the tokens, or a task has a head of its own.
     """
     inputs.need_time("An AWD net")
-    checks.within(1, checks.WIDTH, hidden=hidden)
+    checks.net_size(hidden, layers)
     checks.at_least(1, embedding=embedding)
-    checks.within(1, checks.LAYERS, layers=layers)
     checks.at_least(0, activation=activation, temporal_activation=temporal_activation)
     drops = {"embedding_dropout": embedding_dropout, "input_dropout": input_dropout, "output_dropout": output_dropout}
     checks.within(0, 1, below=True, dropout=dropout, **drops)

@@ -53,9 +53,8 @@ def gated(
         pooling: "last" or "mean", see `Net`.
     """
     inputs.need_time("A gated net")
-    checks.within(1, checks.WIDTH, hidden=hidden)
+    checks.net_size(hidden, layers)
     checks.at_least(1, expansion=expansion)
-    checks.within(1, checks.LAYERS, layers=layers)
     checks.one_of("activation", activation, tuple(ACTIVATIONS))
     if not mixers:
         raise ValueError("mixers: got none, a gated net needs at least 1.")
@@ -89,8 +88,7 @@ def hgrn(
         norm: "layer", or "rms", which costs about a tenth more time on a CPU.
         pooling: "last" or "mean", see `Net`.
     """
-    checks.within(1, checks.WIDTH, hidden=hidden)
-    checks.within(1, checks.LAYERS, layers=layers)
+    checks.net_size(hidden, layers)
     bounds = LowerBounds(layers, hidden)
     return gated(
         inputs,

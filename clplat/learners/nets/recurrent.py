@@ -64,9 +64,8 @@ def recurrent(
         embedding: width of the token embedding, None for `hidden`. Not read for float inputs.
     """
     inputs.need_time("A recurrent net")
-    checks.within(1, checks.WIDTH, hidden=hidden)
+    checks.net_size(hidden, layers)
     checks.at_least(1, embedding=embedding)
-    checks.within(1, checks.LAYERS, layers=layers)
     checks.within(0, 1, below=True, dropout=dropout)
     if dropout and layers == 1:
         warnings.warn(f"dropout={dropout} acts between layers and does nothing with layers=1: set layers or dropout=0.")

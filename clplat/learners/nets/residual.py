@@ -165,8 +165,7 @@ def residual(
         pooling: "last" or "mean", see `Net`.
     """
     inputs.need_time("A residual net")
-    checks.within(1, checks.WIDTH, hidden=hidden)
-    checks.within(1, checks.LAYERS, layers=layers)
+    checks.net_size(hidden, layers)
     checks.at_least(0, expansion=expansion)
     dense = partial(Dense, expansion=expansion) if expansion else None
     return stacked(inputs, head, [mixer] * layers, dense, hidden, dropout, norm, pooling)
