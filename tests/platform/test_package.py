@@ -140,3 +140,16 @@ def test_imports_go_one_way() -> None:
     if not tool.exists():
         pytest.skip("needs import-linter")
     assert "0 broken" in run(tool, "--no-cache", cwd=ROOT)
+
+
+def test_run_is_a_function_and_where_a_runs_classes_are() -> None:
+    """Importing the module takes the function's place in the package, so it is one itself."""
+    code = (
+        "import clplat; assert clplat.run is __import__('clplat.notebook').notebook.run\n"
+        "from clplat.run import Run, Training\n"
+        "import clplat.loop, clplat.notebook, clplat.settings\n"
+        "assert (Run, Training) == (clplat.loop.Run, clplat.settings.Training)\n"
+        "clplat.run.__class__.__call__.__globals__['run'] = lambda *a, **k: (a, k)\n"
+        "assert clplat.run(1, epochs=2) == ((1,), {'epochs': 2})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
