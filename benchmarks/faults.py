@@ -55,8 +55,9 @@ class Cases:
 
     def words(self, name: str) -> list[str]:
         """Its command."""
-        learner = name.startswith("learner ")
-        return [*SHORT, *runs()[name], *(["learner.net.hidden=16", "tracking=none"] if learner else [self.store])]
+        hidden = "[16]" if name == "learner mlp" else "16"
+        learner = [f"learner.net.hidden={hidden}", "tracking=none"]
+        return [*SHORT, *runs()[name], *(learner if name.startswith("learner ") else [self.store])]
 
     def whole(self, name: str) -> Path:
         """Folder of the run that was left alone."""

@@ -20,6 +20,15 @@ from clplat.lightning import pl, quiet_trainer
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one process compile a kernel for all tests that run it: the tests of kernels in float32, of mixers in float64."""
+    for item in items:
+        if "cpu" in item.name and item.path.parent.name == "kernels":
+            item.add_marker(pytest.mark.xdist_group("compiled"))
+        elif item.path.name == "test_mixers.py":
+            item.add_marker(pytest.mark.xdist_group("mixers"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -67,9 +67,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(f"threads: got {cfg.threads}, it must lie in 1..{most}, or be null for torch's choice.")
     if cfg.seed >= 2**32:  # numpy's bound
         raise ConfigError(f"seed: got {cfg.seed}, it must lie in 0..{2**32 - 1}.")
-    objective = cfg.sweep.get("objective") if isinstance(cfg.sweep, DictConfig) else None
-    if list(cfg.sweep or []) != ["objective"] or objective not in METRICS:
-        raise ConfigError(f"sweep.objective: got {objective!r}, it must be one of {', '.join(METRICS)}.")
+    _fits("sweep", cfg.sweep, dict[str, str])
+    _known("sweep", cfg.sweep, ["objective"])
+    if cfg.sweep.get("objective") not in METRICS:
+        given = shown(cfg.sweep.get("objective"))
+        raise ConfigError(f"sweep.objective: got {given}, it must be one of {', '.join(METRICS)}.")
     _check_learner(cfg.learner)
     _check_strategy(cfg.get("strategy"))
     precision = str(cfg.trainer.get("precision", "32-true"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clplat import checks
 from clplat.errors import UserError
 from clplat.state import StateModule
 
@@ -34,19 +35,15 @@ class ProductQuantizer(StateModule):
         seed: of the start.
 
     Raises:
-        QuantizerError: a number out of range.
+        ValueError: a number out of range.
     """
 
     codebooks: Tensor | None
 
     def __init__(self, parts: int, codes: int = 256, iterations: int = 25, seed: int = 0) -> None:
         super().__init__()
-        if parts < 1:
-            raise QuantizerError(f"parts: got {parts}, it must be at least 1.")
-        if not 2 <= codes <= 256:
-            raise QuantizerError(f"codes: got {codes}, it must lie in 2..256, so that a code is one byte.")
-        if iterations < 1:
-            raise QuantizerError(f"iterations: got {iterations}, it must be at least 1.")
+        checks.at_least(1, parts=parts, iterations=iterations)
+        checks.within(2, 256, "so that a code is one byte", codes=codes)
         self.parts, self.codes, self.iterations, self.seed = parts, codes, iterations, seed
         self.register_buffer("codebooks", None)  # [M, C, D / M]
 

@@ -66,7 +66,7 @@ def text(
         for name, value in (("separator", separator), ("normalize", normalize)):
             if value:
                 raise ValueError(
-                    f"{name}: got {value!r} and no files, to which it has nothing to say: give files, or null."
+                    f"{name}: got {checks.shown(value)} and no files, to which it has nothing to say: give files, or null."
                 )
         log.warning(
             "stream.files: none are given, so a generated toy text of %d letters stands in; stream.files={name: path, "

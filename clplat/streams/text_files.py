@@ -96,11 +96,11 @@ def _check_separator(contents: Mapping[str, Sequence[str]], separator: str | Non
         lines = any("\r" in c for own in contents.values() for c in own)
         hint = "; their lines end in CR LF, which normalize=newlines changes" if lines and "\n" in separator else ""
         raise ValueError(
-            f"separator: got {separator!r}, which occurs in none of the files{hint}: give another, or null."
+            f"separator: got {checks.shown(separator)}, which occurs in none of the files{hint}: give another, or null."
         )
     if without:
         log.warning(
-            "stream.separator: %r does not occur in %s, whose files are one document each.",
-            separator,
+            "stream.separator: %s does not occur in %s, whose files are one document each.",
+            checks.shown(separator),
             ", ".join(without),
         )

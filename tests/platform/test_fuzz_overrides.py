@@ -88,6 +88,11 @@ REFUSED = {
     "strategy=[time_vectors] strategy.time_vectors.share=-1": "strategy.time_vectors.share: got -1, it must lie in 0..1.",
     "stream.task_incremental=true strategy=[chunked_hypernetwork] strategy.chunked_hypernetwork.embedding_std=1000000000000":
         "strategy.chunked_hypernetwork.embedding_std: got 1000000000000, which needs more than can be counted",
+    "sweep=3": "sweep: got 3, expected a mapping.",
+    "sweep.objective=[average]": "sweep.objective: got ['average'], expected text.",
+    "sweep.bogus=1": "sweep.bogus",
+    "strategy=[remind] strategy.remind.parts=0": "strategy.remind.parts: got 0, it must be at least 1.",
+    f"stream=text stream.separator={'a' * 5000}": "stream.separator: got 'aaa",
     "training=null": "training=null: unknown",
     "learner.net._partial_=false": "learner.net._partial_: expected true, since clplat fills in inputs and head.",
     "stream._partial_=true": "stream._partial_: got true, and an object is wanted here: leave it out.",

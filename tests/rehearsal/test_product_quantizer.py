@@ -179,7 +179,7 @@ def test_bytes_of_full_codebooks() -> None:
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, int], message: str) -> None:
-    with pytest.raises(QuantizerError, match=message):
+    with pytest.raises(ValueError, match=message):
         ProductQuantizer(**{"parts": 4, **options})
 
 
